@@ -20,7 +20,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 STRATEGIES = ("auto", "cpu", "mirrored", "multiworker", "tpu")
 
 
-def _setting(default: Any, help: str, *, unit: str = "", paper: tuple = (), silent: str = "") -> Any:
+def _setting(
+    default: Any, help: str, *, unit: str = "", paper: tuple = (), silent: str = ""
+) -> Any:
     return field(
         default=default,
         metadata={"help": help, "unit": unit, "paper": paper, "silent": silent},
@@ -83,7 +85,9 @@ class TrainConfig:
         silent="the paper does not say; Caffe's published nets do not decay biases",
     )
     warmup_steps: int = _setting(0, "steps of linear learning-rate warm-up", paper=(0,))
-    clip_norm: float = _setting(0.0, "clip the global gradient norm to this; 0: never", paper=(0.0,))
+    clip_norm: float = _setting(
+        0.0, "clip the global gradient norm to this; 0: never", paper=(0.0,)
+    )
     lr_drops: int = _setting(3, "how often the plateau rule may drop the rate", paper=(3,))
     lr_drop_factor: float = _setting(0.1, "factor of each drop", paper=(0.1,))
     plateau_patience: int = _setting(
@@ -110,17 +114,24 @@ class TrainConfig:
         parse_init(self.init)
         for name in ("image_size", "batch_size", "steps", "checkpoint_every", "keep_checkpoints"):
             _check(name, getattr(self, name) >= 1, getattr(self, name), "must be at least 1")
-        for name in ("classes", "warmup_steps", "lr_drops", "eval_every", "clip_norm", "colour_shift"):
+        for name in (
+            "classes",
+            "warmup_steps",
+            "lr_drops",
+            "eval_every",
+            "clip_norm",
+            "colour_shift",
+        ):
             _check(name, getattr(self, name) >= 0, getattr(self, name), "must not be negative")
-        _check("plateau_patience", self.plateau_patience >= 1, self.plateau_patience, "must be >= 1")
+        _check(
+            "plateau_patience", self.plateau_patience >= 1, self.plateau_patience, "must be >= 1"
+        )
         _check("width", self.width > 0, self.width, "must be positive")
         _check("lr", self.lr > 0, self.lr, "must be positive")
         _check("momentum", 0 <= self.momentum < 1, self.momentum, "must be in [0, 1)")
         _check("dropout", 0 <= self.dropout < 1, self.dropout, "must be in [0, 1)")
         _check("seed", 0 <= self.seed < 2**63, self.seed, "must be in [0, 2^63)")
-        _check(
-            "scale_max", self.scale_max >= self.scale_min, self.scale_max, "is below scale_min"
-        )
+        _check("scale_max", self.scale_max >= self.scale_min, self.scale_max, "is below scale_min")
         _check(
             "scale_min",
             self.scale_min >= self.image_size,
@@ -138,7 +149,9 @@ class TrainConfig:
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
-                raise InputError(f"config: unknown field '{name}'", "Was it written by a newer version?")
+                raise InputError(
+                    f"config: unknown field '{name}'", "Was it written by a newer version?"
+                )
             expected = type(known[name].default)
             fits = isinstance(value, (int, float) if expected is float else expected)
             if not fits or (isinstance(value, bool) and expected is not bool):
