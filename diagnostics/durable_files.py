@@ -1,0 +1,196 @@
+"""Files that are whole or absent, whatever moment the process is killed at.
+
+Everything is written beside its final place under a name that starts with
+`TEMPORARY_PREFIX`, synced, and renamed. Whoever owns the directory may delete
+names with that prefix that a killed process left (`remove_temporaries`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diagnostics.errors import InputError
+
+TEMPORARY_PREFIX = ".tmp-"
+_ASIDE_PREFIX = ".aside-"
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space or choose another directory, then resume",
+    errno.EDQUOT: "Your disk quota is used up: free some space, then resume",
+    errno.EFBIG: "The file size limit (ulimit -f) is too small for it",
+    errno.EACCES: "Check the permissions or choose another directory",
+    errno.EPERM: "Check the permissions or choose another directory",
+    errno.EROFS: "The file system is read-only: choose another directory",
+}
+
+
+def write_error(path: Path, code: int | None, reason: str) -> InputError:
+    """The one-line error of a failed write to `path`; `code` is the errno."""
+    remedy = _REMEDIES.get(code or 0, "Check the disk or choose another directory")
+    return InputError(f"cannot write {path}: {reason}", remedy)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an `OSError` inside the block into an `InputError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error.errno, error.strerror or str(error)) from error
+
+
+def sync(path: Path) -> None:
+    """Forces a file's bytes, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary directory that becomes `path` when the block ends.
+
+    An older directory at `path` is replaced. If the block raises, nothing of the
+    new one is left and the older one stays.
+
+    Raises:
+      InputError: the disk is full or not writable.
+    """
+    temporary = _temporary_beside(path)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                sync(file)
+            sync(temporary)
+            _replace_directory(temporary, path)
+            sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace_directory(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    # A directory cannot be renamed onto a full one, so the old one steps aside;
+    # `remove_temporaries` puts it back if the process dies between the renames.
+    aside = path.with_name(_ASIDE_PREFIX + path.name)
+    path.rename(aside)
+    temporary.rename(path)
+    shutil.rmtree(aside)
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory so that no half of it is ever seen under its name."""
+    temporary = _temporary_beside(path)
+    with disk_errors(path):
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def remove_temporaries(directory: Path) -> list[str]:
+    """Deletes what a killed process left in `directory`; returns the names."""
+    names = []
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if entry.name.startswith(_ASIDE_PREFIX):
+            final = entry.with_name(entry.name[len(_ASIDE_PREFIX) :])
+            if not final.exists():
+                entry.rename(final)
+                continue
+        elif not entry.name.startswith(TEMPORARY_PREFIX):
+            continue
+        names.append(entry.name)
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return names
+
+
+def plain(value: Any) -> Any:
+    """The value as strict JSON knows it.
+
+    numpy scalars and arrays become numbers and lists, paths become strings, and
+    NaN and infinities the strings "NaN", "Infinity" and "-Infinity" (JSON has no
+    such numbers; `float` reads all three).
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Strict JSON; see `plain` for what becomes of NaN."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file atomically and durably; makes its directory if need be.
+
+    Raises:
+      InputError: the disk is full or not writable; an older file stays.
+    """
+    temporary = _temporary_beside(path)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_whole` of a value as indented, strict JSON."""
+    write_whole(path, (json_text(value, indent=2) + "\n").encode())
+
+
+def append_whole(descriptor: int, data: bytes, path: Path) -> None:
+    """Appends all of `data` to an open file, or nothing.
+
+    Raises:
+      InputError: the disk is full or not writable; the file is as it was.
+    """
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    with disk_errors(path):
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(descriptor, data[written:])
+        except BaseException:
+            os.ftruncate(descriptor, end)
+            raise

@@ -1,0 +1,136 @@
+"""What a run ran on, for its manifest: code, packages, hardware, settings.
+
+Nothing private: no host name, no user, no absolute path, no secret.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from diagnostics.errors import InputError
+
+TENSORFLOW_WHEELS = ("tensorflow", "tensorflow-cpu", "tensorflow-tpu", "tensorflow-macos")
+_PACKAGES = (
+    *TENSORFLOW_WHEELS,
+    "keras",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "tensorboard",
+    "rich",
+    "jax",
+    "jaxlib",
+    "libtpu",
+)
+_VARIABLES = frozenset(["KERAS_BACKEND", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED"])
+# Not all of TF_*: Terraform keeps secrets there (TF_VAR_..., TF_TOKEN_...).
+_VARIABLE_PREFIXES = (
+    *("TF_ENABLE_", "TF_DISABLE_", "TF_DETERMINISTIC_", "TF_CUDNN_", "TF_CUBLAS_", "TF_GPU_"),
+    *("TF_XLA_", "TF_NUM_", "TF_FORCE_", "TF_USE_", "TF_ONEDNN_", "TF2_", "TF_CPP_"),
+    *("XLA_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "NVIDIA_TF32_", "CUBLAS_"),
+)
+_TPU_VARIABLES = frozenset(
+    ["TPU_ACCELERATOR_TYPE", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS", "TPU_VISIBLE_CHIPS"]
+)
+_CPU_FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "fma", "f16c", "bf16", "asimd", "sve")
+
+
+def describe_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
+    """Code, packages, Python, system, hardware and variables as plain JSON values.
+
+    Args:
+      devices: what the caller's TensorFlow sees, as "GPU: NVIDIA L4"; TensorFlow is
+        not imported here.
+    """
+    return {
+        "code": _code(Path(__file__).resolve().parent),
+        "packages": _packages(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "hardware": {**_processor(), "memory_bytes": _memory_bytes(), "devices": list(devices)},
+        "variables": relevant_variables(os.environ),
+    }
+
+
+def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that can change a run's bits, by an explicit list."""
+    chosen = _VARIABLES | _TPU_VARIABLES
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name in chosen or name.startswith(_VARIABLE_PREFIXES)
+    }
+
+
+def missing_tensorflow_error() -> InputError:
+    """The error for a missing TensorFlow; three wheels provide it, so none is a dependency."""
+    return InputError(
+        "TensorFlow is not installed",
+        "Install one of: pip install 'vggrepro[cpu]', 'vggrepro[gpu]' or 'vggrepro[tpu]'",
+    )
+
+
+def _code(package: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that holds the package, and its version."""
+    version = _packages_version("vggrepro")
+    if not (package.parent / ".git").exists():
+        return {"version": version, "commit": None, "dirty": None}
+    commit = _git(package.parent, "rev-parse", "HEAD")
+    changes = _git(package.parent, "status", "--porcelain", "--", "vggrepro", "diagnostics")
+    return {
+        "version": version,
+        "commit": commit,
+        "dirty": None if changes is None else changes != "",
+    }
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """What git prints; None if there is no git or it refuses."""
+    command = ["git", "-C", str(directory), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _packages_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> dict[str, str]:
+    found = {name: _packages_version(name) for name in _PACKAGES}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _processor() -> dict[str, Any]:
+    """Model, usable cores and the instruction sets that change results or speed."""
+    entries: dict[str, str] = {}
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            entries.setdefault(key.strip(), value.strip())
+    flags = (entries.get("flags") or entries.get("Features") or "").split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": entries.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "cpu_flags": sorted(flag for flag in flags if any(part in flag for part in _CPU_FLAGS)),
+    }
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

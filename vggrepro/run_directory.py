@@ -1,0 +1,321 @@
+"""What lies where in a run directory, and who may write it.
+
+    config.json  manifest.json  metrics.jsonl  telemetry/  tensorboard/
+    checkpoints/step-00001200/   incidents/step-00000001/   diagnosis/step-00000001/
+
+Checkpoint "step k" is the state before step k runs (after k steps). Everything is
+written under a temporary name and renamed. One process writes at a time: it holds
+an operating-system lock on `lock`, which dies with the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diagnostics.durable_files import (
+    TEMPORARY_PREFIX,
+    append_whole,
+    disk_errors,
+    json_text,
+    remove_directory,
+    remove_temporaries,
+    write_json,
+)
+from diagnostics.errors import InputError, RunLocked, SnapshotDamaged
+from diagnostics.flight_recorder import FlightRecorder
+from diagnostics.snapshot import read_snapshot, write_snapshot
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_PARTS = ("checkpoints", "incidents", "diagnosis", "telemetry")
+_LOCK = "lock"
+
+
+class RunDirectory:
+    """One run on disk; made by `create` or `open`, used as a context manager.
+
+    Attributes:
+      path: the directory.
+      telemetry: the flight recorder in `telemetry/`.
+      warnings: what went wrong and was got around, oldest first.
+    """
+
+    def __init__(
+        self, path: Path, writable: bool, on_warning: Callable[[str], None] | None = None
+    ) -> None:
+        self.path = path
+        self.warnings: list[str] = []
+        self._on_warning = on_warning
+        self._lock: int | None = _acquire(path) if writable else None
+        self._metrics: int | None = None
+        self.telemetry = FlightRecorder(path / "telemetry", self._warn)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike,
+        config: dict[str, Any],
+        manifest: dict[str, Any],
+        on_warning: Callable[[str], None] | None = None,
+    ) -> RunDirectory:
+        """Makes a new run and opens it for writing.
+
+        Raises:
+          InputError: `path` is a file or holds something, or cannot be written.
+          RunLocked: another process is making a run there.
+        """
+        path = Path(path)
+        _check_free(path)
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, writable=True, on_warning=on_warning)
+        try:
+            _check_free(path)
+            for part in ("", *_PARTS):
+                remove_temporaries(path / part)
+            write_json(path / "manifest.json", manifest)
+            # Last, because a directory with a config counts as a run.
+            write_json(path / "config.json", config)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike,
+        writable: bool = False,
+        on_warning: Callable[[str], None] | None = None,
+    ) -> RunDirectory:
+        """Opens an existing run.
+
+        Raises:
+          InputError: `path` is not a run directory.
+          RunLocked: `writable`, and another process is writing it.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            what = "has no config.json" if path.is_dir() else "does not exist"
+            raise InputError(
+                f"{path} is not a run directory: it {what}", "Give the directory of a `train` run"
+            )
+        run = cls(path, writable, on_warning)
+        if writable:
+            for part in ("", *_PARTS):
+                remove_temporaries(path / part)
+        return run
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flushes telemetry, closes the files and gives the lock back."""
+        try:
+            self.telemetry.close()
+        finally:
+            for descriptor in (self._metrics, self._lock):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._metrics = self._lock = None
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration as written."""
+        return _read_json(self.path / "config.json")
+
+    def manifest(self) -> dict[str, Any]:
+        """The run's manifest; NaN and infinities in it are strings."""
+        return _read_json(self.path / "manifest.json")
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Replaces top-level entries of the manifest, atomically."""
+        self._check_writable()
+        write_json(self.path / "manifest.json", {**self.manifest(), **changes})
+
+    def checkpoints(self) -> list[int]:
+        """Steps of all checkpoints, ascending; they are not verified here."""
+        return sorted(_steps_in(self.path / "checkpoints"))
+
+    def save_checkpoint(self, step: int, state: dict[str, np.ndarray], keep: int) -> str:
+        """Saves the state before `step`, then deletes all but the newest `keep`.
+
+        Telemetry and metrics so far reach the disk first, so that none of a resumed
+        run's history is missing.
+
+        Returns:
+          `hash_arrays(state)`.
+
+        Raises:
+          InputError: the disk is full; earlier checkpoints are untouched.
+        """
+        self._check_writable()
+        self.telemetry.flush()
+        if self._metrics is not None:
+            os.fsync(self._metrics)
+        digest = write_snapshot(self._checkpoint(step), state, {"step": step})
+        others = [other for other in self.checkpoints() if other != step]
+        for old in others[: max(0, len(others) - (keep - 1))]:
+            remove_directory(self._checkpoint(old))
+        return digest
+
+    def latest_checkpoint(
+        self, at_most: int | None = None
+    ) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The newest valid checkpoint, of step `at_most` or earlier; None if none is.
+
+        A damaged one is passed over with a warning. If the run is open for writing
+        it is also renamed to `damaged-step-...`: nothing is lost, nor tried again.
+        """
+        for step in reversed(self.checkpoints()):
+            if at_most is not None and step > at_most:
+                continue
+            try:
+                return step, read_snapshot(self._checkpoint(step))[0]
+            except SnapshotDamaged as error:
+                self._warn(f"{error.message}; taking the checkpoint before it")
+                self._set_aside(self._checkpoint(step))
+        return None
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        if self._lock is None:
+            return
+        target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        number = 1
+        while target.exists():
+            number += 1
+            target = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+        with disk_errors(checkpoint):
+            checkpoint.rename(target)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl; NaN becomes the string "NaN" (strict JSON).
+
+        Raises:
+          InputError: the disk is full; no half line is left.
+        """
+        self._check_writable()
+        file = self.path / "metrics.jsonl"
+        if self._metrics is None:
+            with disk_errors(file):
+                self._metrics = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        append_whole(self._metrics, (json_text(record) + "\n").encode(), file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole records of metrics.jsonl, "NaN" and infinities as floats again."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        lines = file.read_bytes().split(b"\n")[:-1]
+        return [{k: _number(v) for k, v in json.loads(line).items()} for line in lines]
+
+    def truncate_metrics(self, first_step: int) -> None:
+        """Drops the first record with step >= `first_step`, all after it, and a half line."""
+        self._check_writable()
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        end = 0
+        with open(file, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n") or json.loads(line).get("step", -1) >= first_step:
+                    break
+                end += len(line)
+        with disk_errors(file):
+            os.truncate(file, end)
+
+    def incidents(self) -> list[Path]:
+        """Directories of complete incidents, by step."""
+        parent = self.path / "incidents"
+        return [parent / _step_name(step) for step in sorted(_steps_in(parent))]
+
+    def incident_directory(self, step: int) -> Path:
+        """Where the incident of a step belongs; write it with `new_directory`."""
+        return self.path / "incidents" / _step_name(step)
+
+    def diagnosis_directory(self, step: int) -> Path:
+        """Where the diagnosis of a step belongs; not made here."""
+        return self.path / "diagnosis" / _step_name(step)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / _step_name(step)
+
+    def _check_writable(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"run {self.path} is not open for writing")
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        if self._on_warning is not None:
+            self._on_warning(text)
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _steps_in(directory: Path) -> list[int]:
+    names = os.listdir(directory) if directory.is_dir() else []
+    return [int(match.group(1)) for name in names if (match := _STEP_NAME.fullmatch(name))]
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _check_free(path: Path) -> None:
+    """A directory that holds only a lock and temporary files counts as free."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"run directory {path} is a file", "Choose another --run-dir")
+    names = os.listdir(path) if path.is_dir() else []
+    # manifest.json alone is what a process killed inside `create` leaves.
+    spare = (_LOCK, "manifest.json") if "config.json" not in names else ()
+    if any(name not in spare and not name.startswith(TEMPORARY_PREFIX) for name in names):
+        raise InputError(
+            f"run directory {path} exists and is not empty",
+            f"Choose another --run-dir, or continue it with --resume {path}",
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON", "Restore it from a copy of the run") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is not a JSON object", "Restore it from a copy of the run")
+    return value
+
+
+def _acquire(path: Path) -> int:
+    """Locks the run for this process; the lock ends with the descriptor."""
+    file = path / _LOCK
+    with disk_errors(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {platform.node()}\n".encode(), 0)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RunLocked(
+                f"run {path} is being written by another process ({holder or 'just started'})",
+                "Wait for it to end, stop it, or choose another --run-dir",
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return descriptor
