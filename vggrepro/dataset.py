@@ -1,0 +1,295 @@
+"""Examples by index: any step's batch, without reading the ones before it.
+
+Row r of step k is position p = k * batch_size + r. Epoch e = p // n is a stateless
+permutation of the n examples, keyed by (run seed, STREAM_ORDER, e); position p takes
+its element p % n. Batches run across the ends of epochs, so each example comes exactly
+once an epoch and none is dropped. Augmentation is keyed by (run seed, STREAM_AUGMENT,
+e, example). No Python function runs inside the tf.data graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from diagnostics.errors import InputError
+from vggrepro.preprocessing import Preprocessing
+from vggrepro.rng import STREAM_AUGMENT, STREAM_ORDER, fold_in, fold_in_tensor
+
+Batch = dict[str, tf.Tensor]
+
+_SUFFIXES = (".jpeg", ".jpg")
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_LAYOUT = "Expected DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG"
+
+
+@dataclass(frozen=True)
+class ExampleIndex:
+    """The examples of one split; an example's id is its place in `paths`.
+
+    Attributes:
+      root: the data directory.
+      split: 'train' or 'val'.
+      paths: relative to root, with '/', sorted.
+      labels: int32 [n], index into class_names.
+      class_names: sorted names of the class directories.
+      fingerprint: sha256 of paths, labels and file sizes.
+    """
+
+    root: Path
+    split: str
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name_of(self, example_id: int) -> str:
+        """Path of an example, relative to `root`."""
+        return self.paths[example_id]
+
+
+def index_folder(root: str | os.PathLike[str], split: str) -> ExampleIndex:
+    """Lists `root/split/<class>/*.JPEG` (.jpeg, .jpg, any case; dotfiles are skipped).
+
+    Raises:
+      InputError: train/ or val/ is missing, the two have different classes, a class is
+        empty, or a class directory holds something that is not a JPEG file by its name.
+    """
+    base = Path(root)
+    classes = {name: _class_names(base, name) for name in ("train", "val")}
+    for name, other in (("val", "train"), ("train", "val")):
+        unknown = sorted(set(classes[name]) - set(classes[other]))
+        if unknown:
+            raise InputError(
+                f"{base}: class '{unknown[0]}' is in {name}/ but not in {other}/", _LAYOUT
+            )
+    paths: list[str] = []
+    labels: list[int] = []
+    digest = hashlib.sha256()
+    for label, class_name in enumerate(classes[split]):
+        for file_name, size in _image_files(base / split / class_name):
+            paths.append(f"{split}/{class_name}/{file_name}")
+            labels.append(label)
+            digest.update(f"{paths[-1]}\0{label}\0{size}\n".encode())
+    return ExampleIndex(
+        base,
+        split,
+        tuple(paths),
+        np.array(labels, np.int32),
+        tuple(classes[split]),
+        digest.hexdigest(),
+    )
+
+
+def _class_names(base: Path, split: str) -> list[str]:
+    try:
+        with os.scandir(base / split) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"cannot list {base / split}: {error.strerror}", _LAYOUT) from error
+    if not names:
+        raise InputError(f"{base / split} has no class directories", _LAYOUT)
+    return names
+
+
+def _image_files(folder: Path) -> list[tuple[str, int]]:
+    """Sorted (file name, size in bytes) of a class directory."""
+    with os.scandir(folder) as entries:
+        files = sorted((e.name, e.stat().st_size) for e in entries if not e.name.startswith("."))
+    if not files:
+        raise InputError(f"class directory {folder} is empty", "Add images or remove it")
+    for name, _ in files:
+        if not name.lower().endswith(_SUFFIXES):
+            raise InputError(f"{folder / name} is not a .JPEG file", "Convert it or move it away")
+    return files
+
+
+class TrainingStream:
+    """Augmented training batches, by step.
+
+    A batch is {"images": float32 [B, s, s, 3], "labels": int32 [B], "example_ids": int64 [B]}.
+
+    Args:
+      index: the training split.
+      preprocessing: settings and statistics.
+      batch_size: examples a step, B.
+      seed: the run's seed.
+    """
+
+    def __init__(
+        self, index: ExampleIndex, preprocessing: Preprocessing, batch_size: int, seed: int
+    ) -> None:
+        self.index = index
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self._files = _Files(index)
+        self._order_key = fold_in(seed, STREAM_ORDER)
+        self._augment_key = fold_in(seed, STREAM_AUGMENT)
+        self._one_batch = tf.function(
+            lambda step: self._batches(step).take(1).get_single_element(),
+            input_signature=[tf.TensorSpec([], tf.int64)],
+        )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step; the same bits as `stream` gives, in any order of calls."""
+        return self._one_batch(tf.constant(step, tf.int64))
+
+    def stream(self, first_step: int) -> tf.data.Dataset:
+        """An endless dataset of the batches from `first_step` on, prefetched."""
+        return self._batches(tf.constant(first_step, tf.int64)).prefetch(2)
+
+    def name_of(self, example_id: int) -> str:
+        """Path of an example, relative to the data directory."""
+        return self.index.name_of(example_id)
+
+    def _batches(self, first_step: tf.Tensor) -> tf.data.Dataset:
+        positions = tf.data.Dataset.range(first_step * self.batch_size, tf.int64.max)
+        examples = positions.map(self._example, num_parallel_calls=_threads(), deterministic=True)
+        return _with_options(examples.batch(self.batch_size, drop_remainder=True))
+
+    def _example(self, position: tf.Tensor) -> Batch:
+        count = len(self.index)
+        epoch = position // count
+        example_id = shuffled_index(position % count, epoch, self._order_key, count)
+        seed = tf.stack([fold_in_tensor(self._augment_key, epoch), example_id])
+        jpeg, label = self._files.read(example_id)
+        return {
+            "images": self.preprocessing.training_image(jpeg, seed),
+            "labels": label,
+            "example_ids": example_id,
+        }
+
+
+def shuffled_index(index: tf.Tensor, epoch: tf.Tensor, key: int, count: int) -> tf.Tensor:
+    """Element `index` of epoch `epoch`'s permutation of range(count); int64."""
+    seed = fold_in_tensor(key, epoch)
+    return tf.random.experimental.index_shuffle(
+        index, tf.stack([seed, seed // 2**32], axis=-1), tf.constant(count - 1, tf.int64)
+    )
+
+
+class EvaluationStream:
+    """Centre crops of every example exactly once, in order; iterate as often as you like.
+
+    A batch is a training batch plus {"weights": float32 [B]}: 1, or 0 for the rows that
+    pad the last batch (their image is zero, their label 0, their example id -1).
+    """
+
+    def __init__(self, index: ExampleIndex, preprocessing: Preprocessing, batch_size: int) -> None:
+        self.index = index
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self._files = _Files(index)
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.dataset())
+
+    def name_of(self, example_id: int) -> str:
+        """Path of an example, relative to the data directory."""
+        return self.index.name_of(example_id)
+
+    def dataset(self) -> tf.data.Dataset:
+        """The finite dataset behind the iteration."""
+        examples = tf.data.Dataset.range(len(self.index)).map(
+            self._example, num_parallel_calls=_threads(), deterministic=True
+        )
+        side = self.preprocessing.image_size
+        padding = {
+            "images": tf.zeros([side, side, 3]),
+            "labels": tf.constant(0),
+            "example_ids": tf.constant(-1, tf.int64),
+            "weights": tf.constant(0.0),
+        }
+        missing = len(self) * self.batch_size - len(self.index)
+        padded = examples.concatenate(tf.data.Dataset.from_tensors(padding).repeat(missing))
+        return _with_options(padded.batch(self.batch_size, drop_remainder=True)).prefetch(2)
+
+    def _example(self, example_id: tf.Tensor) -> Batch:
+        jpeg, label = self._files.read(example_id)
+        side = self.preprocessing.evaluation_side
+        return {
+            "images": self.preprocessing.evaluation_image(jpeg, side),
+            "labels": label,
+            "example_ids": example_id,
+            "weights": tf.constant(1.0),
+        }
+
+
+def example_files(index: ExampleIndex) -> tf.data.Dataset:
+    """The content of every file (scalar strings), in the order of the index."""
+    files = _Files(index)
+    return tf.data.Dataset.range(len(index)).map(
+        lambda example_id: files.read(example_id)[0],
+        num_parallel_calls=_threads(),
+        deterministic=True,
+    )
+
+
+def find_bad_example(index: ExampleIndex, example_ids: Iterable[int]) -> InputError | None:
+    """Says which of the examples cannot be decoded, and why; None: all can.
+
+    For use after a pipeline failed: it decodes the files one by one, whole.
+    """
+    for example_id in example_ids:
+        if example_id < 0:  # padding of the last evaluation batch
+            continue
+        path = index.root / index.name_of(int(example_id))
+        fault = _fault_of(path)
+        if fault:
+            return InputError(f"{path}: {fault}", "Replace the file or delete it")
+    return None
+
+
+def _fault_of(path: Path) -> str:
+    """What keeps a file from being used as an image; '' if nothing does."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not content:
+        return "the file is empty"
+    if not content.startswith(_JPEG_MAGIC):
+        return "not a JPEG file"
+    try:
+        tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE")
+    except tf.errors.InvalidArgumentError:
+        return "truncated or damaged JPEG data"
+    return ""
+
+
+class _Files:
+    """Paths and labels as captured tensors: a graph constant may not exceed 2 GB."""
+
+    def __init__(self, index: ExampleIndex) -> None:
+        self._paths = tf.constant([f"{index.root}/{path}" for path in index.paths])
+        self._labels = tf.constant(index.labels)
+
+    def read(self, example_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """File content (scalar string) and label (int32) of an example."""
+        path = tf.gather(self._paths, example_id)
+        return tf.io.read_file(path), tf.gather(self._labels, example_id)
+
+
+def _threads() -> int:
+    return os.cpu_count() or 1
+
+
+def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = _threads()
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.with_options(options)
