@@ -32,6 +32,8 @@ _REMEDIES = {
     errno.EACCES: "Check the permissions or choose another directory",
     errno.EPERM: "Check the permissions or choose another directory",
     errno.EROFS: "The file system is read-only: choose another directory",
+    errno.ENOLCK: "The file system has no locks: choose a local directory",
+    errno.EOPNOTSUPP: "The file system has no locks: choose a local directory",
 }
 
 
@@ -71,7 +73,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     new one is left and the older one stays.
 
     Raises:
-      InputError: the disk is full or not writable.
+      InputError: the disk is full or not writable; any `OSError` of the block
+        counts as that.
     """
     temporary = _temporary_beside(path)
     try:
@@ -79,8 +82,8 @@ def new_directory(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             yield temporary
-            for file in temporary.rglob("*"):
-                sync(file)
+            for entry in temporary.rglob("*"):
+                sync(entry)
             sync(temporary)
             _replace_directory(temporary, path)
             sync(path.parent)
@@ -96,8 +99,14 @@ def _replace_directory(temporary: Path, path: Path) -> None:
     # A directory cannot be renamed onto a full one, so the old one steps aside;
     # `remove_temporaries` puts it back if the process dies between the renames.
     aside = path.with_name(_ASIDE_PREFIX + path.name)
+    if aside.exists():
+        shutil.rmtree(aside)
     path.rename(aside)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
     shutil.rmtree(aside)
 
 
@@ -109,9 +118,11 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def remove_temporaries(directory: Path) -> list[str]:
-    """Deletes what a killed process left in `directory`; returns the names."""
-    names = []
+def remove_temporaries(directory: Path) -> None:
+    """Clears away what a killed process left directly in `directory`.
+
+    Only for the one process that writes there: another's unfinished files would go.
+    """
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if entry.name.startswith(_ASIDE_PREFIX):
             final = entry.with_name(entry.name[len(_ASIDE_PREFIX) :])
@@ -120,12 +131,10 @@ def remove_temporaries(directory: Path) -> list[str]:
                 continue
         elif not entry.name.startswith(TEMPORARY_PREFIX):
             continue
-        names.append(entry.name)
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    return names
 
 
 def plain(value: Any) -> Any:
@@ -151,8 +160,8 @@ def plain(value: Any) -> Any:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Strict JSON; see `plain` for what becomes of NaN."""
-    return json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    """Strict JSON in ASCII (file names may hold bytes that are no UTF-8); see `plain`."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def write_whole(path: Path, data: bytes) -> None:

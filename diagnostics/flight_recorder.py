@@ -82,7 +82,7 @@ class FlightRecorder:
             raise ValueError(f"row of shape {values.shape} for {self._width} columns")
         if step <= self._last_step:
             raise ValueError(f"step {step} is not after the last one, {self._last_step}")
-        payload = step.to_bytes(8, "little", signed=True) + values.tobytes()
+        payload = int(step).to_bytes(8, "little", signed=True) + values.tobytes()
         self._buffer.append(payload + zlib.crc32(payload).to_bytes(4, "little"))
         self._last_step = step
         if len(self._buffer) >= _ROWS_BUFFERED:

@@ -1,8 +1,8 @@
 """Named arrays and a JSON manifest in one directory, hashed and written atomically.
 
     directory/state.safetensors   the arrays
-    directory/manifest.json       {"schema", "sha256", "arrays": {name: {"dtype", "shape",
-                                  "sha256"}}, "manifest": {...}, "manifest_sha256"}
+    directory/manifest.json       schema; manifest: the caller's; arrays: {name: {dtype, shape,
+                                  sha256}}; sha256 of all arrays; self_sha256 of this file
 
 The round trip is exact to the bit, NaN payloads and -0.0 included. Nothing is
 pickled, so a snapshot from a stranger cannot run code.
@@ -32,12 +32,15 @@ STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
 STORABLE = frozenset(
     ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-    + ["float16", "float32", "float64", "complex64", np.dtype(ml_dtypes.bfloat16).name]
+    + ["float16", "float32", "float64", np.dtype(ml_dtypes.bfloat16).name]
 )
 
 
 def hash_array(array: np.ndarray) -> str:
-    """SHA-256 over type, shape and bytes (C order, little-endian), in hexadecimal."""
+    """SHA-256, in hexadecimal, of type and shape (as 'float32[2, 3]') and the bytes.
+
+    The bytes are those of C order and little-endian, whatever the array's own layout.
+    """
     array = _canonical(array)
     digest = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
@@ -65,7 +68,8 @@ def write_snapshot(
 ) -> str:
     """Writes a snapshot, replacing one of the same name; returns `hash_arrays(arrays)`.
 
-    Either the whole snapshot is there afterwards or nothing of it.
+    Either the whole snapshot is there afterwards or nothing of it. In the manifest,
+    NaN and infinities become strings (`durable_files.plain`).
 
     Raises:
       InputError: the disk is full or not writable; the message names the path.
@@ -77,10 +81,14 @@ def write_snapshot(
         if array.dtype.name not in STORABLE:
             raise TypeError(f"array '{name}' of type {array.dtype} cannot be stored")
     with new_directory(directory) as temporary, ThreadPoolExecutor(1) as pool:
+        # Hashing and writing both release the interpreter lock: they overlap.
         hashing = pool.submit(lambda: {name: hash_array(array) for name, array in stored.items()})
         _save(stored, temporary / STATE_FILE, directory)
         content = _content(stored, hashing.result(), manifest)
-        (temporary / MANIFEST_FILE).write_text(json_text(content, indent=1) + "\n")
+        file = temporary / MANIFEST_FILE
+        file.write_text(json_text(content, indent=1) + "\n", encoding="ascii")
+        # safetensors makes its file for the owner only, whatever the umask.
+        (temporary / STATE_FILE).chmod(file.stat().st_mode)
     return content["sha256"]
 
 
@@ -88,8 +96,8 @@ def _save(arrays: dict[str, np.ndarray], file: Path, directory: Path) -> None:
     try:
         save_file(arrays, file)
     except SafetensorError as error:
-        # The library reports a full disk only in words: "... (os error 28)".
-        match = re.search(r"os error (\d+)", str(error))
+        # The library tells a full disk only in words: "(os error 28)", before 0.7 "code: 28".
+        match = re.search(r"(?:os error|code:) (\d+)", str(error))
         if match is None:
             raise
         code = int(match.group(1))
@@ -103,24 +111,24 @@ def _content(
         name: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": hashes[name]}
         for name, array in arrays.items()
     }
-    user = plain(manifest)
-    return {
+    content = {
         "schema": SCHEMA,
         "sha256": _combine(hashes),
-        "manifest": user,
-        "manifest_sha256": _hash_manifest(user),
+        "manifest": plain(manifest),
         "arrays": described,
     }
+    return {**content, "self_sha256": _hash_content(content)}
 
 
-def _hash_manifest(manifest: Any) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _hash_content(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "self_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_snapshot(
     directory: str | os.PathLike,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the manifest of a snapshot, every hash checked.
+    """The arrays and the caller's manifest, every hash checked.
 
     Raises:
       SnapshotDamaged: a file is missing or its bytes are not those that were
@@ -132,57 +140,49 @@ def read_snapshot(
     arrays = _load(directory / STATE_FILE)
     described = content["arrays"]
     for name in sorted(described.keys() | arrays.keys()):
-        if name not in arrays or name not in described:
-            missing_from = STATE_FILE if name not in arrays else MANIFEST_FILE
-            raise _damaged(directory, f"array '{name}' is missing from {missing_from}")
+        if name not in arrays:
+            raise _damaged(directory / STATE_FILE, f"array '{name}' is missing")
+        if name not in described:
+            raise _damaged(directory / STATE_FILE, f"array '{name}' is not in {MANIFEST_FILE}")
         if hash_array(arrays[name]) != described[name]["sha256"]:
             raise _damaged(directory / STATE_FILE, f"array '{name}' does not match its hash")
-    if _combine({name: entry["sha256"] for name, entry in described.items()}) != content["sha256"]:
-        raise _damaged(directory / MANIFEST_FILE, "the hashes do not match their total")
     return arrays, content["manifest"]
 
 
 def _read_content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _damaged(file, "the file is missing") from error
+        content = json.loads(file.read_bytes())
     except OSError as error:
-        raise InputError(
-            f"cannot read {file}: {error.strerror}", "Check the permissions"
-        ) from error
-    except ValueError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
         raise _damaged(file, "it is not JSON") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
+    if not isinstance(content, dict) or content.get("self_sha256") != _hash_content(content):
+        raise _damaged(file, "it does not match its own hash")
+    if content["schema"] > SCHEMA:
         raise InputError(
-            f"{file} has schema {schema}, this version reads {SCHEMA}",
+            f"{file} has schema {content['schema']}, this version reads {SCHEMA}",
             "Read it with the version that wrote it, or a newer one",
         )
-    try:
-        if _hash_manifest(content["manifest"]) != content["manifest_sha256"]:
-            raise _damaged(file, "the manifest does not match its hash")
-        for entry in content["arrays"].values():
-            entry["sha256"].encode()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, "it is not a snapshot's manifest") from error
     return content
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(file)
-    except FileNotFoundError as error:
-        raise _damaged(file, "the file is missing") from error
     except OSError as error:
-        raise InputError(
-            f"cannot read {file}: {error.strerror}", "Check the permissions"
-        ) from error
-    except SafetensorError as error:
+        raise _unreadable(file, error) from error
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        # Beside its own error the library lets through those of a type numpy lacks.
         raise _damaged(file, str(error)) from error
 
 
-def _damaged(path: Path, what: str) -> SnapshotDamaged:
+def _unreadable(file: Path, error: OSError) -> InputError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return _damaged(file, "the file is missing")
+    return InputError(f"cannot read {file}: {error.strerror or error}", "Check the permissions")
+
+
+def _damaged(file: Path, what: str) -> SnapshotDamaged:
     return SnapshotDamaged(
-        f"snapshot damaged: {path}: {what}", "Use an earlier snapshot, or copy this one again"
+        f"snapshot damaged: {file}: {what}", "Use an earlier snapshot, or copy this one again"
     )

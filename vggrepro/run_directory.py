@@ -5,7 +5,7 @@
 
 Checkpoint "step k" is the state before step k runs (after k steps). Everything is
 written under a temporary name and renamed. One process writes at a time: it holds
-an operating-system lock on `lock`, which dies with the process.
+an operating-system lock on `.lock`, which dies with the process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ import numpy as np
 
 from diagnostics.durable_files import (
     TEMPORARY_PREFIX,
-    append_whole,
     disk_errors,
-    json_text,
     remove_directory,
     remove_temporaries,
     write_json,
@@ -33,10 +31,10 @@ from diagnostics.durable_files import (
 from diagnostics.errors import InputError, RunLocked, SnapshotDamaged
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.snapshot import read_snapshot, write_snapshot
+from vggrepro.metrics_log import MetricsLog
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_PARTS = ("checkpoints", "incidents", "diagnosis", "telemetry")
-_LOCK = "lock"
+_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -45,17 +43,18 @@ class RunDirectory:
     Attributes:
       path: the directory.
       telemetry: the flight recorder in `telemetry/`.
-      warnings: what went wrong and was got around, oldest first.
+      warnings: what went wrong and was got around, oldest first; `on_warning` is
+        told at once.
     """
 
     def __init__(
-        self, path: Path, writable: bool, on_warning: Callable[[str], None] | None = None
+        self, path: Path, writable: bool, on_warning: Callable[[str], None] | None
     ) -> None:
         self.path = path
         self.warnings: list[str] = []
         self._on_warning = on_warning
         self._lock: int | None = _acquire(path) if writable else None
-        self._metrics: int | None = None
+        self._metrics = MetricsLog(path / "metrics.jsonl", self._warn)
         self.telemetry = FlightRecorder(path / "telemetry", self._warn)
 
     @classmethod
@@ -79,8 +78,7 @@ class RunDirectory:
         run = cls(path, writable=True, on_warning=on_warning)
         try:
             _check_free(path)
-            for part in ("", *_PARTS):
-                remove_temporaries(path / part)
+            remove_temporaries(path)
             write_json(path / "manifest.json", manifest)
             # Last, because a directory with a config counts as a run.
             write_json(path / "config.json", config)
@@ -96,7 +94,7 @@ class RunDirectory:
         writable: bool = False,
         on_warning: Callable[[str], None] | None = None,
     ) -> RunDirectory:
-        """Opens an existing run.
+        """Opens an existing run; for writing, leftovers of a killed process are removed.
 
         Raises:
           InputError: `path` is not a run directory.
@@ -104,13 +102,14 @@ class RunDirectory:
         """
         path = Path(path)
         if not (path / "config.json").is_file():
-            what = "has no config.json" if path.is_dir() else "does not exist"
+            what = "it has no config.json" if path.is_dir() else "no such directory"
             raise InputError(
-                f"{path} is not a run directory: it {what}", "Give the directory of a `train` run"
+                f"{path} is not a run directory: {what}",
+                "Give the directory that `vggrepro train` named at its end",
             )
         run = cls(path, writable, on_warning)
         if writable:
-            for part in ("", *_PARTS):
+            for part in (".", "checkpoints", "incidents", "diagnosis", "telemetry"):
                 remove_temporaries(path / part)
         return run
 
@@ -125,10 +124,10 @@ class RunDirectory:
         try:
             self.telemetry.close()
         finally:
-            for descriptor in (self._metrics, self._lock):
-                if descriptor is not None:
-                    os.close(descriptor)
-            self._metrics = self._lock = None
+            self._metrics.close()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def config(self) -> dict[str, Any]:
         """The run's configuration as written."""
@@ -145,13 +144,13 @@ class RunDirectory:
 
     def checkpoints(self) -> list[int]:
         """Steps of all checkpoints, ascending; they are not verified here."""
-        return sorted(_steps_in(self.path / "checkpoints"))
+        return _steps_in(self.path / "checkpoints")
 
     def save_checkpoint(self, step: int, state: dict[str, np.ndarray], keep: int) -> str:
         """Saves the state before `step`, then deletes all but the newest `keep`.
 
-        Telemetry and metrics so far reach the disk first, so that none of a resumed
-        run's history is missing.
+        Telemetry and metrics so far reach the disk first, so that a run resumed here
+        has its whole history.
 
         Returns:
           `hash_arrays(state)`.
@@ -161,11 +160,10 @@ class RunDirectory:
         """
         self._check_writable()
         self.telemetry.flush()
-        if self._metrics is not None:
-            os.fsync(self._metrics)
+        self._metrics.sync()
         digest = write_snapshot(self._checkpoint(step), state, {"step": step})
         others = [other for other in self.checkpoints() if other != step]
-        for old in others[: max(0, len(others) - (keep - 1))]:
+        for old in others[: max(0, len(others) + 1 - keep)]:
             remove_directory(self._checkpoint(old))
         return digest
 
@@ -181,22 +179,32 @@ class RunDirectory:
             if at_most is not None and step > at_most:
                 continue
             try:
-                return step, read_snapshot(self._checkpoint(step))[0]
+                return step, self._read_checkpoint(step)
             except SnapshotDamaged as error:
                 self._warn(f"{error.message}; taking the checkpoint before it")
                 self._set_aside(self._checkpoint(step))
         return None
 
+    def _read_checkpoint(self, step: int) -> dict[str, np.ndarray]:
+        state, manifest = read_snapshot(self._checkpoint(step))
+        if manifest.get("step") != step:
+            raise SnapshotDamaged(
+                f"checkpoint {self._checkpoint(step)} holds step {manifest.get('step')}",
+                "Give it back its name",
+            )
+        return state
+
     def _set_aside(self, checkpoint: Path) -> None:
         if self._lock is None:
             return
-        target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        name = target = f"damaged-{checkpoint.name}"
+        taken = set(os.listdir(checkpoint.parent))
         number = 1
-        while target.exists():
+        while target in taken:
             number += 1
-            target = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+            target = f"{name}-{number}"
         with disk_errors(checkpoint):
-            checkpoint.rename(target)
+            checkpoint.rename(checkpoint.with_name(target))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl; NaN becomes the string "NaN" (strict JSON).
@@ -205,42 +213,27 @@ class RunDirectory:
           InputError: the disk is full; no half line is left.
         """
         self._check_writable()
-        file = self.path / "metrics.jsonl"
-        if self._metrics is None:
-            with disk_errors(file):
-                self._metrics = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        append_whole(self._metrics, (json_text(record) + "\n").encode(), file)
+        self._metrics.append(record)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole records of metrics.jsonl, "NaN" and infinities as floats again."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return []
-        lines = file.read_bytes().split(b"\n")[:-1]
-        return [{k: _number(v) for k, v in json.loads(line).items()} for line in lines]
+        return self._metrics.read()
 
     def truncate_metrics(self, first_step: int) -> None:
-        """Drops the first record with step >= `first_step`, all after it, and a half line."""
+        """Drops the first record with "step" >= `first_step`, what follows, and a half line.
+
+        So whatever a checkpoint at step k stands for must be recorded with a smaller
+        step, or it is dropped on resume and has to be recorded again.
+        """
         self._check_writable()
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return
-        end = 0
-        with open(file, "rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n") or json.loads(line).get("step", -1) >= first_step:
-                    break
-                end += len(line)
-        with disk_errors(file):
-            os.truncate(file, end)
+        self._metrics.truncate(first_step)
 
     def incidents(self) -> list[Path]:
         """Directories of complete incidents, by step."""
-        parent = self.path / "incidents"
-        return [parent / _step_name(step) for step in sorted(_steps_in(parent))]
+        return [self.incident_directory(step) for step in _steps_in(self.path / "incidents")]
 
     def incident_directory(self, step: int) -> Path:
-        """Where the incident of a step belongs; write it with `new_directory`."""
+        """Where the incident of a step belongs; write it through `new_directory`."""
         return self.path / "incidents" / _step_name(step)
 
     def diagnosis_directory(self, step: int) -> Path:
@@ -266,30 +259,26 @@ def _step_name(step: int) -> str:
 
 def _steps_in(directory: Path) -> list[int]:
     names = os.listdir(directory) if directory.is_dir() else []
-    return [int(match.group(1)) for name in names if (match := _STEP_NAME.fullmatch(name))]
-
-
-def _number(value: Any) -> Any:
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+    return sorted(int(match.group(1)) for name in names if (match := _STEP_NAME.fullmatch(name)))
 
 
 def _check_free(path: Path) -> None:
-    """A directory that holds only a lock and temporary files counts as free."""
+    """A directory with nothing but what a process killed inside `create` leaves is free."""
     if path.exists() and not path.is_dir():
         raise InputError(f"run directory {path} is a file", "Choose another --run-dir")
-    names = os.listdir(path) if path.is_dir() else []
-    # manifest.json alone is what a process killed inside `create` leaves.
-    spare = (_LOCK, "manifest.json") if "config.json" not in names else ()
-    if any(name not in spare and not name.startswith(TEMPORARY_PREFIX) for name in names):
+    names = set(os.listdir(path)) if path.is_dir() else set()
+    if _LOCK in names and "config.json" not in names:
+        names -= {_LOCK, "manifest.json"}
+    if any(not name.startswith(TEMPORARY_PREFIX) for name in names):
         raise InputError(
             f"run directory {path} exists and is not empty",
-            f"Choose another --run-dir, or continue it with --resume {path}",
+            "Choose another --run-dir, or continue the run in it with --resume",
         )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
