@@ -147,6 +147,16 @@ class TrainingStream:
         """An endless dataset of the batches from `first_step` on, prefetched."""
         return self._batches(tf.constant(first_step, tf.int64)).prefetch(2)
 
+    def example_ids(self, step: int) -> list[int]:
+        """Which examples a step takes, without reading them."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        count = len(self.index)
+        return [
+            int(shuffled_index(tf.constant(p % count, tf.int64), tf.constant(p // count, tf.int64),
+                               self._order_key, count))
+            for p in positions
+        ]
+
     def name_of(self, example_id: int) -> str:
         """Path of an example, relative to the data directory."""
         return self.index.name_of(example_id)

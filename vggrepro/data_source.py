@@ -1,0 +1,120 @@
+"""Everything a run reads: both splits, their statistics, and their fingerprint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diagnostics.errors import InputError, ToolError
+from vggrepro.config import TrainConfig
+from vggrepro.dataset import (
+    EvaluationStream,
+    ExampleIndex,
+    TrainingStream,
+    find_bad_example,
+    index_folder,
+)
+from vggrepro.preprocessing import Preprocessing
+from vggrepro.statistics import ColourStatistics, training_statistics
+
+STATISTICS_FILE = "vggrepro-statistics.json"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A run's data.
+
+    Attributes:
+      record: what the manifest keeps: fingerprints, counts, colour statistics.
+    """
+
+    training: TrainingStream
+    validation: EvaluationStream
+    record: dict[str, Any]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.training.index.class_names
+
+    @property
+    def mean_rgb(self) -> tuple[float, float, float]:
+        """Grey levels (0..255) that preprocessing subtracted."""
+        return self.training.preprocessing.mean_rgb
+
+    def explain(self, step: int, error: Exception) -> ToolError:
+        """Why the batch of a training step could not be read; names the file."""
+        found = find_bad_example(self.training.index, self.training.example_ids(step))
+        return found or InputError(
+            f"the batch of step {step} cannot be read: {str(error).splitlines()[0][:200]}",
+            "Check the data directory",
+        )
+
+    def explain_validation(self, error: Exception) -> ToolError:
+        """The same for the validation images."""
+        found = find_bad_example(self.validation.index, range(len(self.validation.index)))
+        return found or InputError(
+            f"a validation image cannot be read: {str(error).splitlines()[0][:200]}",
+            "Check the data directory",
+        )
+
+
+def open_data(
+    config: TrainConfig,
+    announce: Callable[[str], None],
+    recorded: Mapping[str, Any] | None = None,
+) -> DataSource:
+    """Indexes the data, and measures the training set's colours unless known.
+
+    Args:
+      announce: is told what takes long.
+      recorded: `DataSource.record` of the run being resumed; the data must still
+        be the same.
+
+    Raises:
+      InputError: the directory is not in the ILSVRC layout, a file cannot be
+        read, or the data differs from what the run was started on.
+    """
+    root = Path(config.data)
+    train, validation = index_folder(root, "train"), index_folder(root, "val")
+    fingerprints = {"train": train.fingerprint, "val": validation.fingerprint}
+    if recorded is not None and recorded["fingerprints"] != fingerprints:
+        raise InputError(
+            f"the images in {root} are not those the run was started on",
+            "Restore them; a resumed run must read the same data",
+        )
+    if recorded is None:
+        colours = _measured(root, train, announce)
+    else:
+        colours = ColourStatistics.from_dict(recorded["colours"])
+    preprocessing = Preprocessing(
+        image_size=config.image_size,
+        scale_min=config.scale_min,
+        scale_max=config.scale_max,
+        flip=config.flip,
+        colour_shift=config.colour_shift,
+        resize=config.resize,
+        decode=config.decode,
+        mean_rgb=colours.mean_rgb,
+        colour_components=colours.colour_components,
+    )
+    return DataSource(
+        TrainingStream(train, preprocessing, config.batch_size, config.seed),
+        EvaluationStream(validation, preprocessing, config.batch_size),
+        {
+            "fingerprints": fingerprints,
+            "train_images": len(train),
+            "val_images": len(validation),
+            "classes": len(train.class_names),
+            "colours": colours.to_dict(),
+        },
+    )
+
+
+def _measured(root: Path, train: ExampleIndex, announce: Callable[[str], None]) -> ColourStatistics:
+    announce(f"mean RGB and colour covariance of {len(train):,} training images")
+    # Data directories are often mounted read-only; the manifest keeps the numbers too.
+    cache = root / STATISTICS_FILE if os.access(root, os.W_OK) else None
+    return training_statistics(train, cache)

@@ -1,0 +1,58 @@
+"""Saves the incident of a refused step and words the message that ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diagnostics.errors import StoppedByGuard
+from diagnostics.guard import Check
+from diagnostics.incident import write_incident
+from vggrepro.config import TrainConfig
+from vggrepro.environment import describe_environment
+from vggrepro.run_directory import RunDirectory
+
+
+def save_incident(
+    run: RunDirectory,
+    *,
+    step: int,
+    failed: Sequence[Check],
+    state: Mapping[str, np.ndarray],
+    batch: Mapping[str, np.ndarray],
+    name_of: Callable[[int], str],
+    metrics: Mapping[str, Any],
+    config: TrainConfig,
+) -> StoppedByGuard:
+    """Writes incidents/step-… and returns the error to raise.
+
+    Args:
+      failed: the checks that tripped, in order of execution; not empty.
+      state: the state before the step. batch: as fed, with example_ids.
+      metrics: the refused step's numbers.
+    """
+    ids = [int(example) for example in batch["example_ids"]]
+    directory = run.incident_directory(step)
+    size = write_incident(
+        directory,
+        state=state,
+        batch=batch,
+        record={
+            "step": step,
+            "failed_checks": [check._asdict() for check in failed],
+            "example_ids": ids,
+            "example_names": [name_of(example) for example in ids],
+            "seeds": {"run": config.seed, "step": step},
+            "config": config.to_dict(),
+            "metrics": dict(metrics),
+            "environment": describe_environment(),
+        },
+    )
+    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    return StoppedByGuard(
+        f"step {step}: {failed[0].describe()} is not finite{others}; nothing of this step was "
+        f"written, the state before it is in {directory} ({size / 1e6:.1f} MB)",
+        f"Next: vggrepro diagnose-nan {run.path}",
+    )

@@ -1,0 +1,266 @@
+"""The six nets of the paper's Table 1 as pure functions of tensors.
+
+A `Network` is a frozen description; `forward` runs it on parameters handed in
+as tensors, so that the same code serves the trainer, the replay and other
+compilers. Layer names are those of `keras.applications`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from diagnostics.errors import InputError
+
+# Convolutions per block; 1 in a third place of C is its 1x1 kernel (Table 1).
+_KERNELS = {
+    "A": ((3,), (3,), (3, 3), (3, 3), (3, 3)),
+    "A-LRN": ((3,), (3,), (3, 3), (3, 3), (3, 3)),
+    "B": ((3, 3), (3, 3), (3, 3), (3, 3), (3, 3)),
+    "C": ((3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1)),
+    "D": ((3, 3), (3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+    "E": ((3, 3), (3, 3), (3, 3, 3, 3), (3, 3, 3, 3), (3, 3, 3, 3)),
+}
+_BLOCK_WIDTHS = (64, 128, 256, 512, 512)
+_DENSE_WIDTH = 4096
+MIN_IMAGE_SIZE = 32  # five halvings must leave one pixel
+
+Observer = Callable[[str, str, tf.Tensor], None]
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A convolution or a dense layer; both carry a kernel and a bias.
+
+    Attributes:
+      kernel_shape: [k, k, in, out] of a convolution, [in, out] of a dense layer.
+      relu: whether a ReLU follows (all but `predictions`).
+      dropout: whether dropout follows the ReLU (fc1 and fc2, paper section 3.1).
+    """
+
+    name: str
+    kernel_shape: tuple[int, ...]
+    relu: bool = True
+    dropout: bool = False
+
+    @property
+    def is_convolution(self) -> bool:
+        return len(self.kernel_shape) == 4
+
+    @property
+    def fan_in(self) -> int:
+        fan = 1
+        for extent in self.kernel_shape[:-1]:
+            fan *= extent
+        return fan
+
+    @property
+    def fan_out(self) -> int:
+        receptive = self.fan_in // self.kernel_shape[-2]
+        return receptive * self.kernel_shape[-1]
+
+
+@dataclass(frozen=True)
+class PoolLayer:
+    """2x2 max pooling with stride 2, rounding down."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ResponseNormalization:
+    """Krizhevsky's LRN: n=5, k=2, alpha=1e-4, beta=0.75."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class FlattenLayer:
+    """[N, H, W, C] -> [N, H*W*C]."""
+
+    name: str = "flatten"
+
+
+Layer = WeightLayer | PoolLayer | ResponseNormalization | FlattenLayer
+
+
+@dataclass(frozen=True)
+class Network:
+    """A net of Table 1 at some width, image size and number of classes."""
+
+    arch: str
+    image_size: int
+    classes: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def weight_layers(self) -> tuple[WeightLayer, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, WeightLayer))
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """'<layer>/kernel' and '<layer>/bias' in forward order."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in self.weight_layers:
+            shapes[f"{layer.name}/kernel"] = layer.kernel_shape
+            shapes[f"{layer.name}/bias"] = layer.kernel_shape[-1:]
+        return shapes
+
+    def parameter_count(self) -> int:
+        return sum(
+            layer.fan_in * layer.kernel_shape[-1] + layer.kernel_shape[-1]
+            for layer in self.weight_layers
+        )
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every layer's output for one image, without the batch axis."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        side, channels = self.image_size, 3
+        for layer in self.layers:
+            if isinstance(layer, WeightLayer):
+                channels = layer.kernel_shape[-1]
+                flat = not layer.is_convolution
+                shapes[layer.name] = (channels,) if flat else (side, side, channels)
+            elif isinstance(layer, FlattenLayer):
+                channels *= side * side
+                shapes[layer.name] = (channels,)
+            else:
+                side = side // 2 if isinstance(layer, PoolLayer) else side
+                shapes[layer.name] = (side, side, channels)
+        return shapes
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one image's forward pass."""
+        total, shapes = 0, self.output_shapes()
+        for layer in self.weight_layers:
+            positions = shapes[layer.name][0] ** 2 if layer.is_convolution else 1
+            total += positions * layer.fan_in * layer.kernel_shape[-1]
+        return total
+
+
+def build_network(arch: str, *, width: float, image_size: int, classes: int) -> Network:
+    """Describes one of Table 1's nets.
+
+    Args:
+      width: multiplier of every layer's channels (at least one channel is kept).
+      image_size: side of the square input, in pixels.
+
+    Raises:
+      InputError: unknown arch, an image below 32 pixels, or fewer than 2 classes.
+    """
+    if arch not in _KERNELS:
+        raise InputError(f"arch '{arch}' is unknown", "Use one of " + ", ".join(_KERNELS))
+    if image_size < MIN_IMAGE_SIZE:
+        raise InputError(
+            f"image_size {image_size} is below {MIN_IMAGE_SIZE}",
+            "Five 2x2 poolings need at least 32 pixels a side",
+        )
+    if classes < 2:
+        raise InputError(f"{classes} classes cannot be told apart", "Use at least 2 classes")
+    layers: list[Layer] = []
+    channels = 3
+    for block, kernels in enumerate(_KERNELS[arch]):
+        for place, kernel in enumerate(kernels):
+            filters = max(1, round(_BLOCK_WIDTHS[block] * width))
+            name = f"block{block + 1}_conv{place + 1}"
+            layers.append(WeightLayer(name, (kernel, kernel, channels, filters)))
+            channels = filters
+        if arch == "A-LRN" and block == 0:
+            layers.append(ResponseNormalization("block1_lrn"))
+        layers.append(PoolLayer(f"block{block + 1}_pool"))
+    layers.append(FlattenLayer())
+    side, hidden = image_size // 32, max(1, round(_DENSE_WIDTH * width))
+    layers.append(WeightLayer("fc1", (side * side * channels, hidden), dropout=True))
+    layers.append(WeightLayer("fc2", (hidden, hidden), dropout=True))
+    layers.append(WeightLayer("predictions", (hidden, classes), relu=False))
+    return Network(arch, image_size, classes, tuple(layers))
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout keyed by the rows of the global batch.
+
+    The mask of the whole global batch follows from the seed; a replica that
+    holds rows [first_row, first_row + n) takes its rows of it, so the number of
+    replicas does not change which units are dropped.
+
+    Attributes:
+      rate: probability of dropping a unit.
+      seed: int64 [2], a function of (run seed, step).
+      global_rows: examples of the global batch.
+      first_row: int32 scalar tensor or int, this replica's first row.
+    """
+
+    rate: float
+    seed: tf.Tensor
+    global_rows: int
+    first_row: int | tf.Tensor = 0
+
+    def apply(self, values: tf.Tensor, layer_index: int) -> tf.Tensor:
+        """Drops units of `values` [n, units] and rescales the rest by 1/(1-rate)."""
+        rows, units = values.shape
+        draws = tf.random.stateless_uniform(
+            [self.global_rows, units], self.seed + layer_index, alg="philox"
+        )
+        if rows != self.global_rows:
+            draws = tf.slice(draws, [self.first_row, 0], [rows, units])
+        kept = tf.cast(draws >= self.rate, values.dtype)
+        return values * kept * tf.cast(1.0 / (1.0 - self.rate), values.dtype)
+
+
+def forward(
+    network: Network,
+    parameters: Mapping[str, tf.Tensor],
+    images: tf.Tensor,
+    *,
+    dropout: Dropout | None = None,
+    observe: Observer | None = None,
+) -> tf.Tensor:
+    """Runs the net.
+
+    Args:
+      parameters: '<layer>/kernel' and '<layer>/bias' to tensors; they are cast
+        to the type of `images`, which is the compute type.
+      images: [N, image_size, image_size, 3], mean subtracted, RGB.
+      dropout: None for inference.
+      observe: called with (layer, op, tensor) for every op's output, in order of
+        execution; 'BiasAdd' is the pre-activation.
+
+    Returns:
+      float32 logits [N, classes].
+    """
+
+    def seen(layer: str, op: str, tensor: tf.Tensor) -> tf.Tensor:
+        if observe is not None:
+            observe(layer, op, tensor)
+        return tensor
+
+    values = images
+    for index, layer in enumerate(network.layers):
+        if isinstance(layer, WeightLayer):
+            kernel = tf.cast(parameters[f"{layer.name}/kernel"], images.dtype)
+            bias = tf.cast(parameters[f"{layer.name}/bias"], images.dtype)
+            if layer.is_convolution:
+                values = seen(layer.name, "Conv2D", tf.nn.conv2d(values, kernel, 1, "SAME"))
+            else:
+                values = seen(layer.name, "MatMul", tf.matmul(values, kernel))
+            values = seen(layer.name, "BiasAdd", tf.nn.bias_add(values, bias))
+            if layer.relu:
+                values = seen(layer.name, "Relu", tf.nn.relu(values))
+            if layer.dropout and dropout is not None and dropout.rate > 0:
+                values = seen(layer.name, "Dropout", dropout.apply(values, index))
+        elif isinstance(layer, PoolLayer):
+            values = seen(layer.name, "MaxPool", tf.nn.max_pool2d(values, 2, 2, "VALID"))
+        elif isinstance(layer, ResponseNormalization):
+            # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n.
+            normalized = tf.nn.local_response_normalization(values, 2, 2.0, 1e-4, 0.75)
+            values = seen(layer.name, "LRN", normalized)
+        else:
+            values = tf.reshape(values, [values.shape[0] or -1, layer_units(network, layer)])
+    return tf.cast(values, tf.float32)
+
+
+def layer_units(network: Network, layer: FlattenLayer) -> int:
+    """Units after flattening: the rows of fc1's kernel."""
+    return network.output_shapes()[layer.name][0]

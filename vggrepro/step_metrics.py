@@ -1,0 +1,76 @@
+"""From a step's telemetry row to the numbers that hooks and metrics.jsonl show."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diagnostics.guard import SCALAR_COLUMNS, GuardLayout
+
+_LARGEST = float(np.log2(np.finfo(np.float32).max))
+_WINDOW = 20
+
+
+class StepMetrics:
+    """Names a step's numbers and keeps the clock.
+
+    Args:
+      batch_size: examples a step, for images per second.
+    """
+
+    def __init__(self, layout: GuardLayout, batch_size: int) -> None:
+        self._layers = layout.layers
+        self._columns = layout.columns()
+        self._batch_size = batch_size
+        self._times: deque[float] = deque([time.perf_counter()], maxlen=_WINDOW + 1)
+        self._waits: deque[float] = deque(maxlen=_WINDOW)
+
+    def after_step(self, telemetry: np.ndarray, waited: float) -> dict[str, Any]:
+        """All numbers of one step.
+
+        Args:
+          telemetry: float32 [columns].
+          waited: seconds spent waiting for the batch.
+
+        Returns:
+          The telemetry by column name, plus per layer `preactivation_absmax`;
+          `headroom` in bits (log2 of the largest float32 over the largest
+          pre-activation) with `headroom_layer`; `input_absmax`;
+          `images_per_second` and `data_wait_share` over the last 20 steps.
+        """
+        named: dict[str, Any] = dict(zip(self._columns, telemetry.tolist(), strict=True))
+        for layer in self._layers:
+            named[f"{layer}/preactivation_absmax"] = _absmax(
+                named[f"{layer}/preactivation_max"], named[f"{layer}/preactivation_min"]
+            )
+        named["input_absmax"] = _absmax(named["input_max"], named["input_min"])
+        named["headroom"], named["headroom_layer"] = min(
+            (headroom(named[f"{layer}/preactivation_absmax"]), layer) for layer in self._layers
+        )
+        self._times.append(time.perf_counter())
+        self._waits.append(waited)
+        elapsed = max(self._times[-1] - self._times[0], 1e-9)
+        steps = len(self._times) - 1
+        named["images_per_second"] = self._batch_size * steps / elapsed
+        named["data_wait_share"] = min(1.0, sum(self._waits) / elapsed)
+        return named
+
+    def brief(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The part for metrics.jsonl; per-layer numbers are in telemetry/."""
+        names = (*SCALAR_COLUMNS, "headroom", "headroom_layer", "images_per_second")
+        return {name: metrics[name] for name in names}
+
+
+def headroom(absmax: float) -> float:
+    """Bits between a float32 absolute maximum and overflow; 0 for a non-finite one."""
+    if not np.isfinite(absmax):
+        return 0.0
+    return _LARGEST - float(np.log2(absmax)) if absmax > 0 else 2 * _LARGEST
+
+
+def _absmax(maximum: float, minimum: float) -> float:
+    return float(np.maximum(np.abs(maximum), np.abs(minimum)))

@@ -1,0 +1,332 @@
+"""The training step: (state, batch, seed) -> (state, metrics), guarded.
+
+`loss_and_gradients` is the pure core: tensors in, tensors out, no variables.
+`TrainStep` holds the state on the device and wraps the core in the tripwire and
+the gated update; the trainer and the replay run this same compiled function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from diagnostics import guard
+from diagnostics.errors import InputError
+from diagnostics.guard import Forward, GuardLayout, StepResult
+from vggrepro.config import TrainConfig
+from vggrepro.initializers import initial_parameters
+from vggrepro.model import Dropout, Network, Observer, forward
+from vggrepro.optimizer import MomentumSGD, PlateauSchedule, learning_rate
+from vggrepro.rng import STREAM_DROPOUT, seed_pair
+
+State = dict[str, np.ndarray]
+NOT_REFUSED = -1
+
+
+class CoreResult(NamedTuple):
+    """What the pure core computes for its rows of the global batch.
+
+    Attributes:
+      gradients: of the data loss (no L2), in the order of the parameters.
+      top1, top5: float32, examples classified right.
+    """
+
+    forward: Forward
+    gradients: list[tf.Tensor]
+    top1: tf.Tensor
+    top5: tf.Tensor
+
+
+def loss_and_gradients(
+    network: Network,
+    parameters: Mapping[str, tf.Tensor],
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    *,
+    dropout: Dropout | None,
+    compute_dtype: tf.DType = tf.float32,
+    global_rows: int,
+) -> CoreResult:
+    """Loss, gradients and what the tripwire needs: a pure function of tensors.
+
+    Args:
+      parameters: '<layer>/kernel' and '<layer>/bias', float32.
+      images: float32 [rows, side, side, 3]; labels: int32 [rows].
+      dropout: the masks of this step, or None.
+      compute_dtype: type of activations; the loss is float32.
+      global_rows: the loss is the sum over the rows divided by this, so that
+        the sum over replicas is the mean over the global batch.
+    """
+    pair = guard.extremes(images)
+    seen: list[tf.Tensor] = []
+    observe = _collect_preactivations(seen)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(list(parameters.values()))
+        logits = forward(
+            network, parameters, tf.cast(images, compute_dtype), dropout=dropout, observe=observe
+        )
+        loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)
+    gradients = tape.gradient(loss, list(parameters.values()))
+    top1, top5 = _correct(logits, labels)
+    return CoreResult(Forward(pair, labels_valid, tf.stack(seen), loss), gradients, top1, top5)
+
+
+def cross_entropy(
+    logits: tf.Tensor, labels: tf.Tensor, classes: int, global_rows: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """(mean softmax cross-entropy, whether every label is in range).
+
+    A label out of range makes the loss NaN on every device; TensorFlow itself
+    raises on the CPU and is silent under XLA.
+    """
+    valid = tf.logical_and(labels >= 0, labels < classes)
+    per_example = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(valid, labels, 0), logits)
+    per_example = tf.where(valid, per_example, np.nan)
+    return tf.reduce_sum(per_example) / global_rows, tf.reduce_all(valid)
+
+
+def _collect_preactivations(into: list[tf.Tensor]) -> Observer:
+    def observe(layer: str, op: str, tensor: tf.Tensor) -> None:
+        if op == "BiasAdd":
+            into.append(guard.extremes(tensor))
+
+    return observe
+
+
+def true_class_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """int32 [N]: how many classes come before the true one; 0 is a right top-1.
+
+    Equal logits rank by class number, so that a dead net scores at chance. A NaN
+    logit of the true class ranks last.
+    """
+    own = tf.gather(logits, tf.clip_by_value(labels, 0, logits.shape[1] - 1), batch_dims=1)
+    lower = tf.range(logits.shape[1])[tf.newaxis] < labels[:, tf.newaxis]
+    beaten = tf.logical_or(
+        ~(logits <= own[:, tf.newaxis]), tf.logical_and(lower, logits >= own[:, tf.newaxis])
+    )
+    return tf.reduce_sum(tf.cast(beaten, tf.int32), axis=1)
+
+
+def _correct(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    rank = true_class_rank(logits, labels)
+    return tuple(tf.reduce_sum(tf.cast(rank < k, tf.float32)) for k in (1, 5))
+
+
+class TrainStep:
+    """The guarded step and the state it owns on the device.
+
+    Calling it with a batch runs one step. If anything is not finite, nothing is
+    written and every later call is refused until `rearm`.
+
+    Args:
+      config: `classes` must be set.
+      state: named arrays as `state()` returns them; None draws initial weights.
+    """
+
+    def __init__(self, config: TrainConfig, network: Network, state: State | None = None) -> None:
+        self.config = config
+        self.network = network
+        self.layout = GuardLayout(tuple(layer.name for layer in network.weight_layers))
+        self._optimizer = MomentumSGD.from_config(config)
+        self._seed = tf.constant(seed_pair(config.seed, STREAM_DROPOUT), tf.int64)
+        self._compute_dtype = tf.as_dtype(config.precision)
+        start = initial_state(config, network) if state is None else state
+        self.variables = {
+            name: tf.Variable(value, trainable=False, name=name.replace("/", "_"))
+            for name, value in start.items()
+        }
+        self._refused = tf.Variable(NOT_REFUSED, dtype=tf.int64, trainable=False)
+        self._names = tuple(network.parameter_shapes())
+        self._compiled = tf.function(self._step, jit_compile=False, autograph=False)
+
+    def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
+        """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
+        applied, passed, telemetry = self._compiled(images, labels)
+        return StepResult(bool(applied), passed.numpy(), telemetry.numpy())
+
+    def state(self) -> State:
+        """The state as named arrays: parameters, momentum, schedule, counters."""
+        return {name: np.array(variable.numpy()) for name, variable in self.variables.items()}
+
+    def parameters(self) -> State:
+        """The weights alone, as '<layer>/kernel' and '<layer>/bias'."""
+        return {name: self.variables[f"params/{name}"].numpy() for name in self._names}
+
+    def load(self, state: State) -> None:
+        """Replaces the state.
+
+        Raises:
+          InputError: names or shapes differ from this configuration's.
+        """
+        if state.keys() != self.variables.keys():
+            odd = sorted(state.keys() ^ self.variables.keys())
+            raise InputError(f"the state does not fit this configuration: {', '.join(odd[:3])}")
+        for name, variable in self.variables.items():
+            if state[name].shape != tuple(variable.shape):
+                raise InputError(
+                    f"the state's {name} has shape {state[name].shape}, "
+                    f"the configuration needs {tuple(variable.shape)}"
+                )
+            variable.assign(state[name])
+        self.rearm()
+
+    def rearm(self) -> None:
+        """Lets steps run again after one was refused."""
+        self._refused.assign(NOT_REFUSED)
+
+    def _parameter_tensors(self) -> dict[str, tf.Tensor]:
+        return {name: self.variables[f"params/{name}"].read_value() for name in self._names}
+
+    def _groups(self, prefix: str) -> list[list[tf.Tensor]]:
+        return [
+            [self.variables[f"{prefix}/{layer}/{part}"].read_value() for part in ("kernel", "bias")]
+            for layer in self.layout.layers
+        ]
+
+    def _step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        step = self.variables["counters/step"].read_value()
+        rows = images.shape[0]
+        dropout = Dropout(self.config.dropout, self._dropout_seed(step), rows)
+        core = loss_and_gradients(
+            self.network,
+            self._parameter_tensors(),
+            images,
+            labels,
+            dropout=dropout,
+            compute_dtype=self._compute_dtype,
+            global_rows=rows,
+        )
+        return self._gated_update(core, step, rows)
+
+    def _dropout_seed(self, step: tf.Tensor) -> tf.Tensor:
+        return tf.random.experimental.stateless_fold_in(self._seed, step, alg="philox")
+
+    def _gated_update(
+        self, core: CoreResult, step: tf.Tensor, rows: int
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """(applied, passed, telemetry); writes the new state only if all is finite."""
+        rate = learning_rate(self.config, step, self.variables["schedule/drops"].read_value())
+        gradients = dict(zip(self._names, core.gradients, strict=True))
+        by_layer = [core.gradients[i : i + 2] for i in range(0, len(core.gradients), 2)]
+        gradient_norms = tf.sqrt(guard.squares(by_layer))
+        weight_norms = tf.sqrt(guard.squares(self._groups("params")))
+        velocity_norms = tf.sqrt(guard.squares(self._groups("momentum")))
+        bound = self._optimizer.norm_bound(weight_norms, velocity_norms, gradient_norms, rate)
+        # NaN compares as false, so a NaN norm fails here too.
+        conclusive = bound < guard.SAFE_BOUND
+        passed = guard.passed_vector(core.forward, conclusive, conclusive, conclusive)
+        armed = tf.equal(self._refused.read_value(), NOT_REFUSED)
+
+        def fast() -> tuple[tf.Tensor, ...]:
+            global_norm = tf.norm(gradient_norms)
+            self._write(gradients, rate, global_norm)
+            return (
+                tf.constant(True),
+                passed,
+                gradient_norms,
+                weight_norms,
+                velocity_norms,
+                global_norm,
+            )
+
+        def careful() -> tuple[tf.Tensor, ...]:
+            return self._careful_update(core.forward, gradients, by_layer, rate, step, armed)
+
+        clear = tf.logical_and(armed, tf.reduce_all(passed))
+        applied, passed, gradient_norms, weight_norms, velocity_norms, global_norm = tf.cond(
+            clear, fast, careful
+        )
+        moved = velocity_norms if self.config.momentum_form == "caffe" else velocity_norms * rate
+        scalars = [
+            core.forward.loss,
+            core.top1 / rows,
+            core.top5 / rows,
+            rate,
+            global_norm,
+            core.forward.input_extremes[0],
+            core.forward.input_extremes[1],
+        ]
+        telemetry = tf.concat(
+            [
+                tf.stack(scalars),
+                core.forward.preactivation_extremes[:, 0],
+                core.forward.preactivation_extremes[:, 1],
+                gradient_norms,
+                weight_norms,
+                tf.math.divide_no_nan(moved, weight_norms),
+            ],
+            axis=0,
+        )
+        return applied, passed, telemetry
+
+    def _write(
+        self, gradients: Mapping[str, tf.Tensor], rate: tf.Tensor, global_norm: tf.Tensor
+    ) -> None:
+        scale = self._optimizer.clip_scale(global_norm)
+        for name, gradient in gradients.items():
+            self._optimizer.apply(
+                name,
+                self.variables[f"params/{name}"],
+                self.variables[f"momentum/{name}"],
+                gradient,
+                rate,
+                scale,
+            )
+        self.variables["counters/step"].assign_add(1)
+
+    def _careful_update(
+        self,
+        seen: Forward,
+        gradients: Mapping[str, tf.Tensor],
+        by_layer: list[list[tf.Tensor]],
+        rate: tf.Tensor,
+        step: tf.Tensor,
+        armed: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        """Looks at every element; applies the update if only a norm had overflowed."""
+        weights, velocities = self._groups("params"), self._groups("momentum")
+        norms = tf.stack([guard.exact_norm(group) for group in by_layer])
+        largest = tf.reduce_max(norms)
+        global_norm = largest * tf.norm(tf.math.divide_no_nan(norms, largest))
+        scale = self._optimizer.clip_scale(global_norm)
+        proposals = [
+            self._optimizer.proposal(name, weight, velocity, gradient, rate, scale)
+            for (name, gradient), weight, velocity in zip(
+                gradients.items(), sum(weights, []), sum(velocities, []), strict=True
+            )
+        ]
+        new_state = [sum(map(list, proposals[i : i + 2]), []) for i in range(0, len(proposals), 2)]
+        passed = guard.passed_vector(
+            seen,
+            guard.all_finite(weights),
+            guard.all_finite(by_layer),
+            guard.all_finite(new_state),
+        )
+
+        def write() -> tf.Tensor:
+            self._write(gradients, rate, global_norm)
+            return tf.constant(True)
+
+        def refuse() -> tf.Tensor:
+            self._refused.assign(tf.where(armed, step, self._refused.read_value()))
+            return tf.constant(False)
+
+        applied = tf.cond(tf.logical_and(armed, tf.reduce_all(passed)), write, refuse)
+        weight_norms = tf.stack([guard.exact_norm(group) for group in weights])
+        velocity_norms = tf.stack([guard.exact_norm(group) for group in velocities])
+        return applied, passed, norms, weight_norms, velocity_norms, global_norm
+
+
+def initial_state(config: TrainConfig, network: Network) -> State:
+    """Step 0's state: drawn weights, zero momentum, a fresh schedule, step 0."""
+    parameters = initial_parameters(network, config.init, config.seed)
+    return {
+        **{f"params/{name}": value for name, value in parameters.items()},
+        **{f"momentum/{name}": np.zeros_like(value) for name, value in parameters.items()},
+        **PlateauSchedule.initial_state(),
+        "counters/step": np.int64(0),
+        "counters/evaluated_at": np.int64(0),
+    }

@@ -1,0 +1,350 @@
+"""The training loop: steps, validations, checkpoints, hooks, and the stop on NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diagnostics.divergence import DivergenceWatch
+from diagnostics.errors import InputError, StoppedByGuard
+from diagnostics.guard import StepResult
+from diagnostics.guard_self_test import self_test
+from diagnostics.snapshot import hash_arrays
+from vggrepro import accelerator
+from vggrepro.config import TrainConfig
+from vggrepro.data_source import DataSource, open_data
+from vggrepro.environment import describe_environment
+from vggrepro.evaluation import Evaluator
+from vggrepro.hooks import Hook
+from vggrepro.incident_report import save_incident
+from vggrepro.keras_export import save_weights
+from vggrepro.model import Network, build_network
+from vggrepro.optimizer import PlateauSchedule
+from vggrepro.run_directory import RunDirectory
+from vggrepro.step_metrics import StepMetrics
+from vggrepro.train_step import State, TrainStep
+
+WEIGHTS_FILE = "final.weights.h5"
+_MANIFEST_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+      status: 'finished' or 'interrupted'.
+      steps: completed steps.
+      metrics: of the last validation; empty if there was none.
+    """
+
+    run_dir: Path
+    status: str
+    steps: int
+    metrics: dict[str, float]
+
+
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    hooks: Sequence[Hook] = (),
+    resume: bool = False,
+) -> TrainResult:
+    """Trains from step 0, or goes on from the last valid checkpoint.
+
+    Ctrl-C and SIGTERM end it after the current step with the state saved.
+
+    Args:
+      config: `classes` 0 takes the number of classes of the data.
+      run_dir: must be new, or with `resume` an existing run.
+
+    Raises:
+      InputError: bad configuration or data, a run that cannot be resumed.
+      GuardFailure: the guard's self-test did not fire.
+      StoppedByGuard: a value was not finite; the incident is saved.
+    """
+    device = accelerator.prepare(config)
+    announce = Announcer(hooks)
+    with ExitStack() as stack:
+        if resume:
+            run = stack.enter_context(RunDirectory.open(run_dir, True, announce.warning))
+            data = open_data(config, announce.info, run.manifest()["data"])
+        else:
+            data = open_data(config, announce.info)
+        classes = len(data.class_names)
+        if config.classes not in (0, classes):
+            raise InputError(f"--classes {config.classes}, but {config.data} has {classes}")
+        config = dataclasses.replace(config, classes=classes)
+        network = build_network(
+            config.arch, width=config.width, image_size=config.image_size, classes=classes
+        )
+        if not resume:
+            manifest = _first_manifest(config, network, data, device)
+            run = stack.enter_context(
+                RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
+            )
+        stack.enter_context(tf.device(accelerator.device_name(config)))
+        return _Session(config, network, data, run, announce, device).train()
+
+
+def _first_manifest(
+    config: TrainConfig, network: Network, data: DataSource, device: str
+) -> dict[str, Any]:
+    """manifest.json before step 0."""
+    return {
+        "schema": _MANIFEST_SCHEMA,
+        "status": "running",
+        "steps": 0,
+        "config_origins": config.origins(),
+        "parameter_count": network.parameter_count(),
+        "data": data.record,
+        "seeds": {"run": config.seed},
+        "parent_run": None,
+        "environment": describe_environment([device]),
+        "final_weights_sha256": None,
+        "final_metrics": None,
+    }
+
+
+class Announcer:
+    """Speaks to every hook."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self.hooks = tuple(hooks)
+
+    def info(self, text: str) -> None:
+        self._message("info", text)
+
+    def warning(self, text: str) -> None:
+        self._message("warning", text)
+
+    def _message(self, level: str, text: str) -> None:
+        for hook in self.hooks:
+            hook.on_message(level, text)
+
+
+class _StopRequest:
+    """Ctrl-C and SIGTERM as a flag, so that a step is never cut in two.
+
+    A second signal has its usual effect. Outside the main thread, where Python
+    takes no signals, the flag stays down.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: object) -> None:
+        self.raised = True
+        signal.signal(number, self._previous[number])
+
+
+class _Session:
+    """One process's share of a run, from its first step to its end."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: Network,
+        data: DataSource,
+        run: RunDirectory,
+        announce: Announcer,
+        device: str,
+    ) -> None:
+        self._config, self._network, self._data = config, network, data
+        self._run, self._announce, self._device = run, announce, device
+        checkpoint = run.latest_checkpoint()
+        self._step = TrainStep(config, network, checkpoint[1] if checkpoint else None)
+        self._now = checkpoint[0] if checkpoint else 0
+        self._metrics = StepMetrics(self._step.layout, config.batch_size)
+        self._watch = DivergenceWatch()
+        parameters = {
+            name: self._step.variables[f"params/{name}"] for name in network.parameter_shapes()
+        }
+        self._evaluator = Evaluator(network, parameters, tf.as_dtype(config.precision))
+        self._last_evaluation: dict[str, float] = {}
+
+    def train(self) -> TrainResult:
+        """Runs to the last step, or to the first stop request."""
+        run, config = self._run, self._config
+        run.truncate_metrics(self._now)
+        run.telemetry.start(self._step.layout.columns(), self._now)
+        if self._now == 0:
+            run.update_manifest(initial_weights_sha256=self._weights_hash())
+        run.update_manifest(status="running", steps=self._now)
+        try:
+            with _StopRequest() as stop:
+                self._start()
+                finished = self._loop(stop)
+        except StoppedByGuard:
+            run.update_manifest(status="stopped_by_guard", steps=self._now)
+            raise
+        except BaseException:
+            run.update_manifest(status="failed", steps=self._now)
+            raise
+        if self._now not in run.checkpoints():
+            self._save_checkpoint()
+        result = TrainResult(
+            run.path, "finished" if finished else "interrupted", self._now, self._last_evaluation
+        )
+        self._close(result)
+        for hook in self._announce.hooks:
+            hook.on_end(result)
+        return result
+
+    def _start(self) -> None:
+        """Proves that the guard fires, then tells the hooks that training begins."""
+        batch = self._fetch(self._now, lambda: self._data.training.batch(self._now))
+        fired = self_test(self._step, batch["images"], batch["labels"])
+        info = {
+            "parameter_count": self._network.parameter_count(),
+            "train_images": len(self._data.training.index),
+            "val_images": len(self._data.validation.index),
+            "classes": self._config.classes,
+            "device": self._device,
+            "guard_checks": fired,
+            "sample_images": batch["images"].numpy() + np.float32(self._data.mean_rgb),
+        }
+        for hook in self._announce.hooks:
+            hook.on_start(self._run, self._config, self._now, info)
+
+    def _loop(self, stop: _StopRequest) -> bool:
+        """True when the last step is done, False when told to stop before."""
+        config = self._config
+        batches = iter(self._data.training.stream(self._now))
+        while True:
+            if not self._evaluate_if_due(stop):
+                return False
+            if self._now % config.checkpoint_every == 0 and self._now > 0:
+                self._save_checkpoint()
+            if self._now == config.steps:
+                return True
+            if stop.raised:
+                return False
+            self._one_step(batches)
+
+    def _one_step(self, batches: Iterator[Mapping[str, tf.Tensor]]) -> None:
+        started = time.perf_counter()
+        batch = self._fetch(self._now, lambda: next(batches))
+        waited = time.perf_counter() - started
+        result = self._step(batch["images"], batch["labels"])
+        self._run.telemetry.append(self._now, result.telemetry)
+        metrics = self._metrics.after_step(result.telemetry, waited)
+        if not result.applied:
+            self._stop_at(result, batch, metrics)
+        self._run.append_metrics({"step": self._now, **self._metrics.brief(metrics)})
+        for hook in self._announce.hooks:
+            hook.on_step(self._now, self, metrics)
+        for text in self._watch.warnings(self._now, metrics["loss"], metrics["grad_norm"]):
+            self._announce.warning(text)
+        self._now += 1
+
+    def numpy(self) -> State:
+        """The state as named arrays (hooks call this)."""
+        return self._step.state()
+
+    def _fetch(
+        self, step: int, read: Callable[[], Mapping[str, tf.Tensor]]
+    ) -> Mapping[str, tf.Tensor]:
+        """Reads a batch; an unreadable image becomes an error that names its file."""
+        try:
+            return read()
+        except (tf.errors.OpError, StopIteration) as error:
+            raise self._data.explain(step, error) from error
+
+    def _stop_at(
+        self, result: StepResult, batch: Mapping[str, tf.Tensor], metrics: Mapping[str, Any]
+    ) -> None:
+        self._run.telemetry.flush()
+        raise save_incident(
+            self._run,
+            step=self._now,
+            failed=[
+                check
+                for check, passed in zip(self._step.layout.checks(), result.passed, strict=True)
+                if not passed
+            ],
+            state=self._step.state(),
+            batch={name: tensor.numpy() for name, tensor in batch.items()},
+            name_of=self._data.training.name_of,
+            metrics=metrics,
+            config=self._config,
+        )
+
+    def _evaluate_if_due(self, stop: _StopRequest) -> bool:
+        """Validates where the schedule or the end asks for it; False if told to stop."""
+        config, now = self._config, self._now
+        scheduled = now > 0 and config.eval_every > 0 and now % config.eval_every == 0
+        variables = self._step.variables
+        if scheduled and int(variables["counters/evaluated_at"].numpy()) == now:
+            self._last_evaluation = self._recorded_evaluation()
+            return True
+        if not scheduled and now != config.steps:
+            return True
+        metrics = self._evaluator.evaluate(self._data.validation, lambda: stop.raised)
+        if metrics is None:
+            return False
+        if scheduled:
+            schedule = PlateauSchedule(config.plateau_patience, config.lr_drops)
+            memory = {name: variables[name].numpy() for name in schedule.initial_state()}
+            memory = schedule.after_evaluation(memory, metrics["val_top1_error"])
+            for name, value in memory.items():
+                variables[name].assign(value)
+            variables["counters/evaluated_at"].assign(now)
+        self._last_evaluation = metrics
+        self._record_evaluation(metrics)
+        return True
+
+    def _record_evaluation(self, metrics: dict[str, float]) -> None:
+        """Writes a validation after `now` steps under the step before it, once."""
+        if self._recorded_evaluation() != metrics:
+            self._run.append_metrics({"step": self._now - 1, **metrics})
+        for hook in self._announce.hooks:
+            hook.on_evaluation(self._now, metrics)
+
+    def _recorded_evaluation(self) -> dict[str, float]:
+        """What metrics.jsonl says of the validation after `now` steps; {} if nothing."""
+        last = self._run.metrics()[-1:]
+        if last and last[0]["step"] == self._now - 1 and "val_loss" in last[0]:
+            return {name: value for name, value in last[0].items() if name != "step"}
+        return {}
+
+    def _save_checkpoint(self) -> None:
+        self._run.save_checkpoint(self._now, self._step.state(), self._config.keep_checkpoints)
+        for hook in self._announce.hooks:
+            hook.on_checkpoint(self._now)
+
+    def _weights_hash(self) -> str:
+        return hash_arrays(self._step.parameters())
+
+    def _close(self, result: TrainResult) -> None:
+        """Leaves the manifest of a finished or interrupted run, and its weights."""
+        final: dict[str, Any] = {"status": result.status, "steps": self._now}
+        if result.status == "finished":
+            parameters = self._step.parameters()
+            save_weights(self._network, parameters, self._run.path / WEIGHTS_FILE)
+            final |= {
+                "final_weights_sha256": hash_arrays(parameters),
+                "final_metrics": result.metrics,
+            }
+        self._run.update_manifest(**final)
