@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ import numpy as np
 from diagnostics.errors import InputError
 
 TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r"(.+)-[0-9a-f]{8}")
 _ASIDE_PREFIX = ".aside-"
 
 _REMEDIES = {
@@ -40,7 +42,9 @@ _REMEDIES = {
 def write_error(path: Path, code: int | None, reason: str) -> InputError:
     """The one-line error of a failed write to `path`; `code` is the errno."""
     remedy = _REMEDIES.get(code or 0, "Check the disk or choose another directory")
-    return InputError(f"cannot write {path}: {reason}", remedy)
+    # Inside `new_directory` the path has a temporary part, which nobody will find.
+    shown = Path(*(_TEMPORARY_NAME.sub(r"\1", part) for part in path.parts))
+    return InputError(f"cannot write {shown}: {reason}", remedy)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -28,16 +29,21 @@ _PACKAGES = (
     "jaxlib",
     "libtpu",
 )
-_VARIABLES = frozenset(["KERAS_BACKEND", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED"])
-# Not all of TF_*: Terraform keeps secrets there (TF_VAR_..., TF_TOKEN_...).
+_VARIABLES = frozenset(
+    ["KERAS_BACKEND", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "NCCL_ALGO", "NCCL_PROTO"]
+    + ["JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "LIBTPU_INIT_ARGS"]
+    + ["TPU_ACCELERATOR_TYPE", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS", "TPU_VISIBLE_CHIPS"]
+)
+# Not all of TF_*: Terraform keeps its secrets in TF_VAR_* and TF_TOKEN_*; nor TF_CONFIG and
+# TPU_WORKER_HOSTNAMES, which name machines.
 _VARIABLE_PREFIXES = (
     *("TF_ENABLE_", "TF_DISABLE_", "TF_DETERMINISTIC_", "TF_CUDNN_", "TF_CUBLAS_", "TF_GPU_"),
-    *("TF_XLA_", "TF_NUM_", "TF_FORCE_", "TF_USE_", "TF_ONEDNN_", "TF2_", "TF_CPP_"),
-    *("XLA_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "NVIDIA_TF32_", "CUBLAS_"),
+    *("TF_XLA_", "TF_NUM_", "TF_FORCE_", "TF_USE_", "TF_ONEDNN_", "TF_CPP_", "TF2_"),
+    *("XLA_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "NVIDIA_TF32_", "CUBLAS_"),
 )
-_TPU_VARIABLES = frozenset(
-    ["TPU_ACCELERATOR_TYPE", "TPU_CHIPS_PER_HOST_BOUNDS", "TPU_HOST_BOUNDS", "TPU_VISIBLE_CHIPS"]
-)
+_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY")
+# An absolute path, a home directory or a URL, not the '/' inside a relative path.
+_PRIVATE_PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+]*:/|~|/)[^\s:;,\"']*")
 _CPU_FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "fma", "f16c", "bf16", "asimd", "sve")
 
 
@@ -59,48 +65,60 @@ def describe_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that can change a run's bits, by an explicit list."""
-    chosen = _VARIABLES | _TPU_VARIABLES
+    """The variables that can change a run's bits or speed; absolute paths become "<path>"."""
     return {
-        name: value
+        name: _without_paths(name, value)
         for name, value in sorted(environment.items())
-        if name in chosen or name.startswith(_VARIABLE_PREFIXES)
+        if (name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)) and not _SECRET.search(name)
     }
+
+
+def _without_paths(name: str, value: str) -> str:
+    if not _PRIVATE_PATH.search(value):
+        return value
+    # Flags are split at blanks; elsewhere a path may itself hold one.
+    return _PRIVATE_PATH.sub("<path>", value) if name.endswith("FLAGS") else "<path>"
 
 
 def missing_tensorflow_error() -> InputError:
     """The error for a missing TensorFlow; three wheels provide it, so none is a dependency."""
     return InputError(
         "TensorFlow is not installed",
-        "Install one of: pip install 'vggrepro[cpu]', 'vggrepro[gpu]' or 'vggrepro[tpu]'",
+        "Install the wheel for this machine: pip install 'vggrepro[cpu]', 'vggrepro[gpu]' "
+        "or 'vggrepro[tpu]'; from a checkout, pip install -e '.[cpu]' and so on",
     )
 
 
 def _code(package: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that holds the package, and its version."""
-    version = _packages_version("vggrepro")
-    if not (package.parent / ".git").exists():
-        return {"version": version, "commit": None, "dirty": None}
-    commit = _git(package.parent, "rev-parse", "HEAD")
-    changes = _git(package.parent, "status", "--porcelain", "--", "vggrepro", "diagnostics")
-    return {
-        "version": version,
-        "commit": commit,
-        "dirty": None if changes is None else changes != "",
-    }
+    """Version, and commit and dirty flag if the package lies in a checkout of its own.
+
+    `dirty`: files of the two packages differ from the commit, or are not in it.
+    """
+    code: dict[str, Any] = {"version": _version("vggrepro"), "commit": None, "dirty": None}
+    checkout = package.parent
+    # Only a checkout of this project: a virtual environment may lie inside another's.
+    if (checkout / ".git").exists():
+        code["commit"] = _git(checkout, "rev-parse", "HEAD")
+        changes = _git(checkout, "status", "--porcelain", "--", "vggrepro", "diagnostics")
+        code["dirty"] = None if changes is None else changes != ""
+    return code
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
     """What git prints; None if there is no git or it refuses."""
-    command = ["git", "-C", str(directory), *arguments]
+    # A hook sets GIT_DIR to its own repository; a lock would disturb a git running beside.
+    command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True, env=inherited
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
-def _packages_version(name: str) -> str | None:
+def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -108,7 +126,7 @@ def _packages_version(name: str) -> str | None:
 
 
 def _packages() -> dict[str, str]:
-    found = {name: _packages_version(name) for name in _PACKAGES}
+    found = {name: _version(name) for name in _PACKAGES}
     return {name: version for name, version in found.items() if version is not None}
 
 

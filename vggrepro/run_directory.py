@@ -10,10 +10,8 @@ an operating-system lock on `.lock`, which dies with the process.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +26,13 @@ from diagnostics.durable_files import (
     remove_temporaries,
     write_json,
 )
-from diagnostics.errors import InputError, RunLocked, SnapshotDamaged
+from diagnostics.errors import InputError, SnapshotDamaged
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.snapshot import read_snapshot, write_snapshot
 from vggrepro.metrics_log import MetricsLog
+from vggrepro.run_lock import LOCK_FILE, acquire_lock
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -53,7 +51,7 @@ class RunDirectory:
         self.path = path
         self.warnings: list[str] = []
         self._on_warning = on_warning
-        self._lock: int | None = _acquire(path) if writable else None
+        self._lock: int | None = acquire_lock(path) if writable else None
         self._metrics = MetricsLog(path / "metrics.jsonl", self._warn)
         self.telemetry = FlightRecorder(path / "telemetry", self._warn)
 
@@ -267,8 +265,8 @@ def _check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"run directory {path} is a file", "Choose another --run-dir")
     names = set(os.listdir(path)) if path.is_dir() else set()
-    if _LOCK in names and "config.json" not in names:
-        names -= {_LOCK, "manifest.json"}
+    if LOCK_FILE in names and "config.json" not in names:
+        names -= {LOCK_FILE, "manifest.json"}
     if any(not name.startswith(TEMPORARY_PREFIX) for name in names):
         raise InputError(
             f"run directory {path} exists and is not empty",
@@ -286,25 +284,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file} is not a JSON object", "Restore it from a copy of the run")
     return value
-
-
-def _acquire(path: Path) -> int:
-    """Locks the run for this process; the lock ends with the descriptor."""
-    file = path / _LOCK
-    with disk_errors(file):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {platform.node()}\n".encode(), 0)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise RunLocked(
-                f"run {path} is being written by another process ({holder or 'just started'})",
-                "Wait for it to end, stop it, or choose another --run-dir",
-            ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-    return descriptor
