@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.errors import InputError
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import add_config_options, given_values
+from vggrepro.recipes import recipe
 
 if TYPE_CHECKING:
     from vggrepro.trainer import TrainResult
@@ -42,6 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="RUN_DIR",
         help="go on exactly where this run stopped; only --steps may be changed with it",
     )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="start from a named configuration (see `vggrepro recipes`); options override it",
+    )
     add_config_options(parser)
     parser.set_defaults(run=run)
 
@@ -49,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     """Trains; 0 when finished, 130 when interrupted with the state saved."""
     resume = options.resume is not None
-    config = _resumed_config(options) if resume else TrainConfig(**given_values(options))
+    config = _resumed_config(options) if resume else _new_config(options)
     run_dir = options.resume or options.run_dir or new_run_dir(config, datetime.now())
     result = _train(_with_data_directory(config), run_dir, resume)
     _print_summary(result)
@@ -66,13 +72,21 @@ def data_directory(data: str) -> Path:
     """The directory that `--data` means; makes the synthetic one if need be."""
     if data != "synthetic":
         return Path(data)
+    directory = Path(os.environ.get("VGGREPRO_CACHE", "data")) / "synthetic"
+    if not directory.exists():
+        print(f"making synthetic images in {directory}, once", flush=True)
     from vggrepro.synthetic import ensure_synthetic
 
-    return ensure_synthetic(Path(os.environ.get("VGGREPRO_CACHE", "data")) / "synthetic")
+    return ensure_synthetic(directory)
 
 
 def _with_data_directory(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=str(data_directory(config.data).resolve()))
+
+
+def _new_config(options: argparse.Namespace) -> TrainConfig:
+    named = recipe(options.recipe).values if options.recipe else {}
+    return TrainConfig(**{**named, **given_values(options)})
 
 
 def _resumed_config(options: argparse.Namespace) -> TrainConfig:
@@ -82,8 +96,7 @@ def _resumed_config(options: argparse.Namespace) -> TrainConfig:
         values = TrainConfig.from_dict(stored.config()).to_dict()
     given = given_values(options)
     conflicts = [name for name, value in given.items() if value != values[name]]
-    if options.run_dir is not None:
-        conflicts.append("run_dir")
+    conflicts += [name for name in ("run_dir", "recipe") if getattr(options, name) is not None]
     refused = [f"--{name.replace('_', '-')}" for name in conflicts if name != "steps"]
     if refused:
         raise InputError(
@@ -104,14 +117,17 @@ def _train(config: TrainConfig, run_dir: Path, resume: bool) -> TrainResult:
 
 
 def _print_summary(result: TrainResult) -> None:
+    """How the run ended, and what to type next."""
     metrics: dict[str, Any] = result.metrics
+    place = shlex.quote(str(result.run_dir))
+    print(f"\n{result.status} after {result.steps:,} steps")
     if "val_top1_error" in metrics:
         print(
-            f"validation: top-1 error {metrics['val_top1_error']:.2f} %, "
-            f"top-5 error {metrics['val_top5_error']:.2f} % "
-            f"({metrics['val_images']:.0f} images, which also steer the learning rate)"
+            f"  validation top-1 error {metrics['val_top1_error']:.2f} %, "
+            f"top-5 error {metrics['val_top5_error']:.2f} %: centre crops of "
+            f"{metrics['val_images']:,.0f} images, by which the learning rate was also chosen"
         )
-    place = shlex.quote(str(result.run_dir))
-    print(f"{result.status} after {result.steps} steps: {place}")
+    print(f"  run directory {place}\nnext")
     print(f"  tensorboard --logdir {place}/tensorboard")
-    print(f"  vggrepro train --resume {place}" + (" --steps MORE" * (result.status == "finished")))
+    more = " --steps MORE" if result.status == "finished" else ""
+    print(f"  vggrepro train --resume {place}{more}")
