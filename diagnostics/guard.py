@@ -22,21 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diagnostics.protocol import Check
+
 # Norms below this neither overflow when squared and summed nor hide an overflow of the
 # new state (largest float32: 3.4e38).
 SAFE_BOUND = 1e18
-
-
-class Check(NamedTuple):
-    """One thing the tripwire looks at."""
-
-    stage: str  # data | weights | forward | loss | backward | update
-    layer: str  # "" where there is none
-    quantity: str
-
-    def describe(self) -> str:
-        """As in 'gradient of block5_conv1'."""
-        return f"{self.quantity} of {self.layer}" if self.layer else self.quantity
 
 
 @dataclass(frozen=True)

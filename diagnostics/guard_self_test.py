@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import GuardFailure
-from diagnostics.guard import Check, GuardLayout, StepResult
+from diagnostics.guard import GuardLayout, StepResult
+from diagnostics.protocol import Check
 
 
 class GuardedStep(Protocol):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from diagnostics.errors import StoppedByGuard
-from diagnostics.guard import Check
 from diagnostics.incident import write_incident
+from diagnostics.protocol import Check
 from vggrepro.config import TrainConfig
 from vggrepro.environment import describe_environment
 from vggrepro.run_directory import RunDirectory

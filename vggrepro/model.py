@@ -7,6 +7,7 @@ compilers. Layer names are those of `keras.applications`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ _BLOCK_WIDTHS = (64, 128, 256, 512, 512)
 _DENSE_WIDTH = 4096
 MIN_IMAGE_SIZE = 32  # five halvings must leave one pixel
 
-Observer = Callable[[str, str, tf.Tensor], None]
+Observer = Callable[[str, tf.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -217,50 +218,45 @@ def forward(
     dropout: Dropout | None = None,
     observe: Observer | None = None,
 ) -> tf.Tensor:
-    """Runs the net.
+    """Runs the net; each layer's ops lie in a name scope of its name.
 
     Args:
       parameters: '<layer>/kernel' and '<layer>/bias' to tensors; they are cast
         to the type of `images`, which is the compute type.
       images: [N, image_size, image_size, 3], mean subtracted, RGB.
       dropout: None for inference.
-      observe: called with (layer, op, tensor) for every op's output, in order of
-        execution; 'BiasAdd' is the pre-activation.
+      observe: called with (layer, pre-activation) of every weight layer, in
+        order of execution.
 
     Returns:
       float32 logits [N, classes].
     """
-
-    def seen(layer: str, op: str, tensor: tf.Tensor) -> tf.Tensor:
-        if observe is not None:
-            observe(layer, op, tensor)
-        return tensor
-
     values = images
     for index, layer in enumerate(network.layers):
-        if isinstance(layer, WeightLayer):
-            kernel = tf.cast(parameters[f"{layer.name}/kernel"], images.dtype)
-            bias = tf.cast(parameters[f"{layer.name}/bias"], images.dtype)
-            if layer.is_convolution:
-                values = seen(layer.name, "Conv2D", tf.nn.conv2d(values, kernel, 1, "SAME"))
+        with tf.name_scope(layer.name):
+            if isinstance(layer, WeightLayer):
+                values = _preactivation(layer, parameters, values)
+                if observe is not None:
+                    observe(layer.name, values)
+                if layer.relu:
+                    values = tf.nn.relu(values)
+                if layer.dropout and dropout is not None and dropout.rate > 0:
+                    values = dropout.apply(values, index)
+            elif isinstance(layer, PoolLayer):
+                values = tf.nn.max_pool2d(values, 2, 2, "VALID")
+            elif isinstance(layer, ResponseNormalization):
+                # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n.
+                values = tf.nn.local_response_normalization(values, 2, 2.0, 1e-4, 0.75)
             else:
-                values = seen(layer.name, "MatMul", tf.matmul(values, kernel))
-            values = seen(layer.name, "BiasAdd", tf.nn.bias_add(values, bias))
-            if layer.relu:
-                values = seen(layer.name, "Relu", tf.nn.relu(values))
-            if layer.dropout and dropout is not None and dropout.rate > 0:
-                values = seen(layer.name, "Dropout", dropout.apply(values, index))
-        elif isinstance(layer, PoolLayer):
-            values = seen(layer.name, "MaxPool", tf.nn.max_pool2d(values, 2, 2, "VALID"))
-        elif isinstance(layer, ResponseNormalization):
-            # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n.
-            normalized = tf.nn.local_response_normalization(values, 2, 2.0, 1e-4, 0.75)
-            values = seen(layer.name, "LRN", normalized)
-        else:
-            values = tf.reshape(values, [values.shape[0] or -1, layer_units(network, layer)])
+                values = tf.reshape(values, [-1, math.prod(values.shape[1:])])
     return tf.cast(values, tf.float32)
 
 
-def layer_units(network: Network, layer: FlattenLayer) -> int:
-    """Units after flattening: the rows of fc1's kernel."""
-    return network.output_shapes()[layer.name][0]
+def _preactivation(
+    layer: WeightLayer, parameters: Mapping[str, tf.Tensor], values: tf.Tensor
+) -> tf.Tensor:
+    kernel = tf.cast(parameters[f"{layer.name}/kernel"], values.dtype)
+    bias = tf.cast(parameters[f"{layer.name}/bias"], values.dtype)
+    if layer.is_convolution:
+        return tf.nn.bias_add(tf.nn.conv2d(values, kernel, 1, "SAME"), bias)
+    return tf.nn.bias_add(tf.matmul(values, kernel), bias)

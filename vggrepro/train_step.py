@@ -18,7 +18,7 @@ from diagnostics.errors import InputError
 from diagnostics.guard import Forward, GuardLayout, StepResult
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters
-from vggrepro.model import Dropout, Network, Observer, forward
+from vggrepro.model import Dropout, Network, forward
 from vggrepro.optimizer import MomentumSGD, PlateauSchedule, learning_rate
 from vggrepro.rng import STREAM_DROPOUT, seed_pair
 
@@ -62,11 +62,14 @@ def loss_and_gradients(
     """
     pair = guard.extremes(images)
     seen: list[tf.Tensor] = []
-    observe = _collect_preactivations(seen)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(list(parameters.values()))
         logits = forward(
-            network, parameters, tf.cast(images, compute_dtype), dropout=dropout, observe=observe
+            network,
+            parameters,
+            tf.cast(images, compute_dtype),
+            dropout=dropout,
+            observe=lambda layer, values: seen.append(guard.extremes(values)),
         )
         loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)
     gradients = tape.gradient(loss, list(parameters.values()))
@@ -86,14 +89,6 @@ def cross_entropy(
     per_example = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(valid, labels, 0), logits)
     per_example = tf.where(valid, per_example, np.nan)
     return tf.reduce_sum(per_example) / global_rows, tf.reduce_all(valid)
-
-
-def _collect_preactivations(into: list[tf.Tensor]) -> Observer:
-    def observe(layer: str, op: str, tensor: tf.Tensor) -> None:
-        if op == "BiasAdd":
-            into.append(guard.extremes(tensor))
-
-    return observe
 
 
 def true_class_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:

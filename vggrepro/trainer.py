@@ -186,7 +186,7 @@ class _Session:
 
     def train(self) -> TrainResult:
         """Runs to the last step, or to the first stop request."""
-        run, config = self._run, self._config
+        run = self._run
         run.truncate_metrics(self._now)
         run.telemetry.start(self._step.layout.columns(), self._now)
         if self._now == 0:

@@ -1,0 +1,208 @@
+"""What the diagnosis needs of a run. It knows no net: only named arrays and steps.
+
+A `ReplayableRun` is a stopped or finished run that can be asked for states and
+batches and can make a `Program`: its training step, compiled as it trained, or
+with one thing changed. VGG (`vggrepro/replay_adapter.py`), any Keras model
+(`diagnostics/keras_replay.py`) and the toy of the tests implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from diagnostics.op_trace import OpTrace
+
+State = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+STAGES = ("data", "weights", "forward", "loss", "backward", "update")
+
+
+class Check(NamedTuple):
+    """One thing the tripwire looks at."""
+
+    stage: str  # one of STAGES
+    layer: str  # "" where there is none
+    quantity: str
+
+    def describe(self) -> str:
+        """As in 'gradient of block5_conv1'."""
+        return f"{self.quantity} of {self.layer}" if self.layer else self.quantity
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """A layer in forward order, as far as it is known.
+
+    Attributes:
+      kind: 'conv', 'dense' or the layer's class name.
+      weight: name of its kernel in the state ('params/fc1/kernel'), or None.
+      fan_in, fan_out: of the kernel; None without one.
+      activation: 'relu', 'linear', ... ; None if unknown.
+    """
+
+    name: str
+    kind: str
+    weight: str | None = None
+    fan_in: int | None = None
+    fan_out: int | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run was asked to do. None or 0 where it is not known or not used.
+
+    Attributes:
+      init: the initialiser asked for, in the program's own words.
+      loss: the loss's name; chance_loss: the loss of guessing, as ln(classes).
+      input_kind: 'pixels' where inputs are images in grey levels, else 'numbers'.
+      extra: further facts for the report, text by name.
+    """
+
+    layers: tuple[LayerFacts, ...]
+    learning_rate: float | None = None
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    optimizer: str = ""
+    optimizer_epsilon: float | None = None
+    precision: str = "float32"
+    init: str | None = None
+    loss: str = ""
+    classes: int | None = None
+    chance_loss: float | None = None
+    batch_size: int | None = None
+    input_kind: str = "numbers"
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Recorded numbers of every step: rows float32 [steps, columns].
+
+    Columns: `loss`, `grad_norm`, `lr`, `input_max`, `input_min`, and per layer
+    `<layer>/preactivation_max`, `.../preactivation_min`, `.../gradient_norm`,
+    `.../weight_norm`, `.../update_ratio`; some may be missing.
+    """
+
+    steps: np.ndarray
+    columns: tuple[str, ...]
+    rows: np.ndarray
+
+    def column(self, name: str) -> np.ndarray | None:
+        """One column over the steps, or None if it was not recorded."""
+        return self.rows[:, self.columns.index(name)] if name in self.columns else None
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one run of the step showed.
+
+    Attributes:
+      applied: whether the update was written.
+      failed: the checks that tripped, in order of execution.
+      telemetry: the step's numbers by column name.
+    """
+
+    applied: bool
+    failed: tuple[Check, ...]
+    telemetry: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing done differently in a counterfactual replay.
+
+    Attributes:
+      kind: 'init', 'init_scale', 'learning_rate', 'warmup', 'clip_norm',
+        'precision', 'input_scale', 'without_examples', 'loss_formula',
+        'optimizer_epsilon', 'none' (the control).
+      value: what it becomes; its type depends on the kind.
+      label: as in "learning rate 0.001 instead of 0.01".
+      from_start: it only makes sense from step 0 (an initialiser).
+      rank: how much it takes a user away from the intended run; 0 is smallest.
+    """
+
+    kind: str
+    value: Any
+    label: str
+    from_start: bool = False
+    rank: int = 5
+
+
+class Program(Protocol):
+    """A training step with a state of its own on the device."""
+
+    def load(self, state: State) -> None:
+        """Replaces the state and re-arms the guard."""
+        ...
+
+    def state(self) -> State:
+        """The state as named arrays."""
+        ...
+
+    def run(self, batch: Batch, step: int) -> StepOutcome:
+        """One guarded step; writes nothing if anything is not finite."""
+        ...
+
+    def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
+        """Runs the step op by op (eagerly) under `tracer`, writing no state.
+
+        Calls `tracer.phase(...)` with 'forward', 'loss', 'backward' and 'update'
+        as it enters them; layers are name scopes.
+        """
+        ...
+
+
+class ReplayableRun(Protocol):
+    """A run as the diagnosis sees it."""
+
+    name: str
+    facts: RunFacts
+
+    def telemetry(self) -> Telemetry:
+        """Every recorded step."""
+        ...
+
+    def state_steps(self) -> Sequence[int]:
+        """Steps whose state is stored or can be made (0 from the seed), ascending."""
+        ...
+
+    def state_before(self, step: int) -> State:
+        """The exact state before `step`, which must be one of `state_steps`."""
+        ...
+
+    def batch(self, step: int) -> Batch | None:
+        """The batch of a step as fed; None if the data is gone."""
+        ...
+
+    def example_names(self, batch: Batch) -> list[tuple[int, str]]:
+        """(dataset id, file or other name) of every row."""
+        ...
+
+    def program(self, change: Change | None = None) -> Program:
+        """The step as it trained, or with one change.
+
+        For a change of data ('without_examples', 'input_scale') `run` alters the
+        batch it is given. For 'init' and 'init_scale' see `start_state`.
+        """
+        ...
+
+    def start_state(self, change: Change | None = None) -> State:
+        """Step 0's state, with the change's initialiser."""
+        ...
+
+    def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
+        """Changes that make sense for this run; `suspects` are dataset ids."""
+        ...
+
+    def command(self, change: Change) -> str:
+        """What the user types (or writes) to train with this change."""
+        ...
