@@ -134,8 +134,10 @@ class FlightRecorder:
             return np.zeros(0, np.int64), [], np.zeros((0, 0), np.float32)
         columns, start = self._header()
         records, valid = self._records(columns, start)
-        if not valid.all() and self._on_warning is not None:
-            self._on_warning(f"{self._file}: {np.sum(~valid)} damaged records left out")
+        damaged = int(np.count_nonzero(~valid))
+        if damaged and self._on_warning is not None:
+            noun = "record" if damaged == 1 else "records"
+            self._on_warning(f"{self._file}: {damaged} damaged {noun} left out")
         return (
             records["step"][valid].astype(np.int64),
             columns,

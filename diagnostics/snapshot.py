@@ -74,8 +74,11 @@ def write_snapshot(
     Raises:
       InputError: the disk is full or not writable; the message names the path.
       TypeError: an array's type has no place in a safetensors file.
+      ValueError: an array has the one name that the format keeps for itself.
     """
     directory = Path(directory)
+    if "__metadata__" in arrays:
+        raise ValueError("'__metadata__' cannot name an array in a safetensors file")
     stored = {name: _canonical(array) for name, array in arrays.items()}
     for name, array in stored.items():
         if array.dtype.name not in STORABLE:
