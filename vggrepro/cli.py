@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # TensorFlow's C++ chatter would break the progress display; a user's own choice stays.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        options = build_parser().parse_args(arguments)
-        code: int = options.run(options)
+        code = _run(arguments)
         sys.stdout.flush()
         return code
     except ToolError as error:
@@ -83,6 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report_fault(error)
     except Exception as error:
         return _report_fault(error)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = build_parser().parse_args(arguments)
+    except SystemExit as end:  # after --help or --version
+        return int(end.code or 0)
+    return int(options.run(options))
 
 
 def _report_missing_tensorflow() -> int:

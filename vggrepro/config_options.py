@@ -47,6 +47,13 @@ def given_values(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def option_name(field_name: str) -> str:
+    """The option that sets a field: 'warmup_steps' -> '--warmup-steps'."""
+    if field_name in ("scale_min", "scale_max"):
+        return "--scale"
+    return "--" + field_name.replace("_", "-")
+
+
 def _add_scale_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--scale",
@@ -66,7 +73,7 @@ def _add_field_option(group: argparse._ArgumentGroup, field: dataclasses.Field) 
         metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
         reading = {"type": kind, "metavar": metavar.replace("STR", "TEXT")}
     group.add_argument(
-        "--" + field.name.replace("_", "-"),
+        option_name(field.name),
         dest=field.name,
         default=argparse.SUPPRESS,
         help=_help_text(field).replace("%", "%%"),

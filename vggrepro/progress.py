@@ -178,8 +178,9 @@ def start_lines(
     return [
         f"net   {config.arch}, width {config.width:g}, {config.init}: "
         f"{info['parameter_count']:,} parameters, {start}",
-        f"data  {config.data}: {info['train_images']:,} training and "
-        f"{info['val_images']:,} validation images of {info['classes']:,} classes",
+        f"data  {config.data}",
+        f"      {info['train_images']:,} training and {info['val_images']:,} validation images, "
+        f"{info['classes']:,} classes",
         f"on    {info['device']}, {config.precision}, {config.image_size} pixels, "
         f"batch {config.batch_size:,}; guard tested: {info['guard_checks']} checks fired",
         f"run   {run.path}",

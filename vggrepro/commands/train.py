@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InputError
 from vggrepro.config import TrainConfig
-from vggrepro.config_options import add_config_options, given_values
+from vggrepro.config_options import add_config_options, given_values, option_name
 from vggrepro.recipes import recipe
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _resumed_config(options: argparse.Namespace) -> TrainConfig:
     given = given_values(options)
     conflicts = [name for name, value in given.items() if value != values[name]]
     conflicts += [name for name in ("run_dir", "recipe") if getattr(options, name) is not None]
-    refused = [f"--{name.replace('_', '-')}" for name in conflicts if name != "steps"]
+    refused = dict.fromkeys(option_name(name) for name in conflicts if name != "steps")
     if refused:
         raise InputError(
             f"{', '.join(refused)} cannot be changed when resuming {options.resume}",
@@ -124,8 +124,9 @@ def _print_summary(result: TrainResult) -> None:
     if "val_top1_error" in metrics:
         print(
             f"  validation top-1 error {metrics['val_top1_error']:.2f} %, "
-            f"top-5 error {metrics['val_top5_error']:.2f} %: centre crops of "
-            f"{metrics['val_images']:,.0f} images, by which the learning rate was also chosen"
+            f"top-5 error {metrics['val_top5_error']:.2f} %\n"
+            f"  (centre crops of {metrics['val_images']:,.0f} images, "
+            "which the learning-rate schedule looks at as well)"
         )
     print(f"  run directory {place}\nnext")
     print(f"  tensorboard --logdir {place}/tensorboard")
