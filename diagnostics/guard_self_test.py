@@ -16,9 +16,10 @@ from diagnostics.protocol import Check
 class GuardedStep(Protocol):
     """What the self-test needs of a step: its state, its layout, and to run it."""
 
-    layout: GuardLayout
-    variables: Mapping[str, tf.Variable]
-
+    @property
+    def layout(self) -> GuardLayout: ...
+    @property
+    def variables(self) -> Mapping[str, tf.Variable]: ...
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult: ...
     def rearm(self) -> None: ...
 

@@ -143,9 +143,9 @@ class PlateauSchedule:
     @staticmethod
     def initial_state() -> dict[str, np.ndarray]:
         return {
-            "schedule/drops": np.int32(0),
-            "schedule/stale_evaluations": np.int32(0),
-            "schedule/best_error": np.float32(np.inf),
+            "schedule/drops": np.array(0, np.int32),
+            "schedule/stale_evaluations": np.array(0, np.int32),
+            "schedule/best_error": np.array(np.inf, np.float32),
         }
 
     def after_evaluation(
@@ -161,7 +161,7 @@ class PlateauSchedule:
         if stale >= self.patience and drops < self.max_drops:
             drops, stale = drops + 1, 0
         return {
-            "schedule/drops": np.int32(drops),
-            "schedule/stale_evaluations": np.int32(stale),
-            "schedule/best_error": np.float32(best),
+            "schedule/drops": np.array(drops, np.int32),
+            "schedule/stale_evaluations": np.array(stale, np.int32),
+            "schedule/best_error": np.array(best, np.float32),
         }

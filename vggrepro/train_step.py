@@ -322,6 +322,6 @@ def initial_state(config: TrainConfig, network: Network) -> State:
         **{f"params/{name}": value for name, value in parameters.items()},
         **{f"momentum/{name}": np.zeros_like(value) for name, value in parameters.items()},
         **PlateauSchedule.initial_state(),
-        "counters/step": np.int64(0),
-        "counters/evaluated_at": np.int64(0),
+        "counters/step": np.array(0, np.int64),
+        "counters/evaluated_at": np.array(0, np.int64),
     }

@@ -223,7 +223,7 @@ class _Session:
             "classes": self._config.classes,
             "device": self._device,
             "guard_checks": fired,
-            "sample_images": batch["images"].numpy() + np.float32(self._data.mean_rgb),
+            "sample_images": batch["images"].numpy() + np.array(self._data.mean_rgb, np.float32),
         }
         for hook in self._announce.hooks:
             hook.on_start(self._run, self._config, self._now, info)
