@@ -167,8 +167,16 @@ class ReplayableRun(Protocol):
     name: str
     facts: RunFacts
 
+    def incident_step(self) -> int | None:
+        """The step that the guard refused; None if it never did."""
+        ...
+
+    def recorded_failures(self) -> tuple[Check, ...]:
+        """The checks that tripped at the incident, in order; empty without one."""
+        ...
+
     def telemetry(self) -> Telemetry:
-        """Every recorded step."""
+        """Every recorded step, the refused one included."""
         ...
 
     def state_steps(self) -> Sequence[int]:
@@ -204,5 +212,14 @@ class ReplayableRun(Protocol):
         ...
 
     def command(self, change: Change) -> str:
-        """What the user types (or writes) to train with this change."""
+        """What the user types (or writes) to train with this change; '' if no option does it."""
+        ...
+
+    def environment(self) -> Mapping[str, Any]:
+        """What the run was recorded on, for the report."""
+        ...
+
+    def conditions(self) -> Sequence[str]:
+        """How this replay's conditions differ from the recorded ones, in sentences:
+        versions, hardware, data gone, a rebuilt batch of other bits. Empty if nothing does."""
         ...
