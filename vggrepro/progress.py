@@ -119,7 +119,7 @@ class ProgressDisplay(Hook):
         )
         # The headroom comes last, in the wide column: it names a layer.
         *others, headroom = self._cells()
-        cells = [*others, ("checkpoint at", Text(f"{self._checkpoint:,}")), headroom]
+        cells = [*others, ("saved step", Text(f"{self._checkpoint:,}")), headroom]
         body = Table.grid(padding=(0, 2), expand=True)
         for column in range(cells_per_row):
             body.add_column(ratio=2 if column + 1 == cells_per_row else 1, no_wrap=True)
