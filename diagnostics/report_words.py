@@ -1,0 +1,182 @@
+"""The words and numbers that the terminal report and the HTML page share."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from diagnostics.diagnosis import Diagnosis, FirstNonfinite, InputRange, Onset
+
+VERDICT_TITLES: Mapping[str, str] = {
+    "reproduced": "reproduced",
+    "not_reproduced": "did not recur",
+    "replay_differs": "replay differs",
+    "diverged": "diverged",
+    "stalled": "stalled",
+}
+VERDICT_SENTENCES: Mapping[str, str] = {
+    "reproduced": "Run again from the saved state, the step fails again with the same bits.",
+    "not_reproduced": "Run again from the saved state, the step is clean: it did not recur.",
+    "replay_differs": "Run again from the saved state, the step gives other numbers than recorded.",
+    "diverged": "No value is NaN or infinite, but the loss ran away.",
+    "stalled": "No value is NaN or infinite, but the loss never left where guessing puts it.",
+}
+CAUSE_TITLES: Mapping[str, str] = {
+    "data": "the data",
+    "labels": "the labels",
+    "init": "the initialiser",
+    "learning_rate": "the learning rate",
+    "loss_formula": "the loss formula",
+    "precision": "the number format",
+    "optimizer": "the optimizer",
+    "architecture": "the architecture",
+    "weights": "the weights the step was given",
+    "hardware": "the hardware",
+    "unknown": "unknown",
+}
+STAGE_TITLES: Mapping[str, str] = {
+    "data": "input data",
+    "weights": "weights before the step",
+    "forward": "forward pass",
+    "loss": "loss",
+    "backward": "backward pass",
+    "update": "weight update",
+}
+_KIND_TITLES = {"nan": "NaN", "inf": "Inf"}
+_EXAMPLES_SHOWN = 4
+
+
+class Fact(NamedTuple):
+    """A labelled line of a report."""
+
+    label: str
+    text: str
+
+
+def printable(text: str) -> str:
+    """The text with control, direction-changing and broken characters written as escapes.
+
+    Names come from files: they may hold terminal commands or undecodable bytes.
+    """
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character
+        for character in text
+    )
+
+
+def number(value: float | None) -> str:
+    """Three or four significant digits: '6.91', '4.0e8', '-3.7e-5', 'NaN', 'Inf', '-'."""
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Inf" if value > 0 else "-Inf"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def bits(headroom: float | None) -> str:
+    """Headroom as '66 bits'; 'none' once a value overflowed, '-' if not recorded."""
+    if headroom is None or math.isnan(headroom):
+        return "-"
+    if headroom == -math.inf:
+        return "none"
+    return "all 0" if headroom == math.inf else f"{headroom:.0f} bits"
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 step', '1,200 steps'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def kind_title(kind: str) -> str:
+    """'NaN' or 'Inf'."""
+    return _KIND_TITLES.get(kind, kind)
+
+
+def headline(diagnosis: Diagnosis) -> str:
+    """What happened, in one line."""
+    first = diagnosis.first_nonfinite
+    step = f"step {diagnosis.step:,}"
+    if first is not None:
+        where = first.layer or STAGE_TITLES.get(first.stage, first.stage)
+        return f"{kind_title(first.kind)} at {step}, first in {where}"
+    return {
+        "stalled": f"Stalled: after {step} the loss is still that of guessing",
+        "diverged": f"Diverged: the loss ran away by {step}",
+        "not_reproduced": f"The failure of {step} did not recur",
+    }.get(diagnosis.verdict, f"{step.capitalize()}: no non-finite value was found")
+
+
+def confidence(value: float) -> str:
+    """As in '95 % sure'."""
+    return f"{100 * value:.0f} % sure"
+
+
+def place(first: FirstNonfinite) -> list[Fact]:
+    """Where the first non-finite value is, line by line."""
+    stage = STAGE_TITLES.get(first.stage, first.stage)
+    facts = [Fact("stage", stage if first.layer is None else f"{stage}, layer {first.layer}")]
+    if first.op:
+        facts.append(Fact("op", first.op))
+    if first.source:
+        facts.append(Fact("source", first.source))
+    share = f" ({100 * first.count / first.size:.3g} %)" if first.size else ""
+    facts.append(
+        Fact(
+            "values",
+            f"{first.count:,} of {first.size:,}{share} are {kind_title(first.kind)}, "
+            f"seen in the {first.seen_in}",
+        )
+    )
+    facts.append(Fact("examples", _examples(first)))
+    return facts
+
+
+def _examples(first: FirstNonfinite) -> str:
+    if not first.examples:
+        return "none stands out: the same happens in every row of the batch"
+    names = list(first.example_names) + [""] * len(first.examples)
+    shown = [
+        f"{name} (example {example})" if name else f"example {example}"
+        for example, name in zip(first.examples, names, strict=False)
+    ]
+    more = len(shown) - _EXAMPLES_SHOWN
+    return ", ".join(shown[:_EXAMPLES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def input_range(inputs: InputRange) -> str:
+    """'16 x 28 x 28 x 512, from -2.1e27 to 3.4e28, all finite'."""
+    shape = " x ".join(str(size) for size in inputs.shape) or "scalar"
+    finite = f"{inputs.nonfinite:,} not finite" if inputs.nonfinite else "all finite"
+    return f"{shape}, from {number(inputs.minimum)} to {number(inputs.maximum)}, {finite}"
+
+
+def onset_sentence(onset: Onset) -> str:
+    """Since when and where it went wrong, and how fast."""
+    where = f" in {onset.layer}" if onset.layer else ""
+    quantity = onset.quantity.replace("_", " ")
+    return (
+        f"Trouble began at step {onset.step:,}{where}: {quantity} {number(onset.value)}, "
+        f"then {number(onset.growth_per_step)} times as much at each step."
+    )
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested JSON values as (dotted name, text) rows."""
+    if isinstance(value, Mapping):
+        return [
+            row
+            for key, item in value.items()
+            for row in flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [(prefix, ", ".join(str(item) for item in value))]
+    return [(prefix, "-" if value is None else str(value))]
