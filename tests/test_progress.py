@@ -116,8 +116,8 @@ def test_noisy_numbers_are_means_of_the_last_twenty_steps():
 def test_warnings_are_marked():
     run = Run(steps=1)
     run.display.on_message("warning", "step 3: loss [spike]")
-    run.display.on_message("info", "measuring")
-    assert run.text().splitlines()[-2:] == ["warning: step 3: loss [spike]", "measuring"]
+    run.display.on_message("info", "[b]measuring")
+    assert run.text().splitlines()[-2:] == ["warning: step 3: loss [spike]", "[b]measuring"]
 
 
 @pytest.mark.parametrize("width, rows", [(80, 2), (120, 1)])

@@ -10,8 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS, STATUS_UNKNOWN
 from tensorboard.plugins.hparams.metadata import (
+    EXPERIMENT_TAG,
     SESSION_END_INFO_TAG,
     SESSION_START_INFO_TAG,
+    parse_experiment_plugin_data,
     parse_session_end_info_plugin_data,
     parse_session_start_info_plugin_data,
 )
@@ -85,10 +87,10 @@ def strings(events: EventAccumulator, tag: str) -> list[bytes]:
 def test_curves_of_the_whole_run_and_of_each_layer(run):
     write(run, 0, 10)
     events = read(run)
-    assert scalars(events, "train/loss") == [(step, 10.0 - step) for step in range(10)]
+    assert scalars(events, "batch/loss") == [(step, 10.0 - step) for step in range(10)]
     assert scalars(events, "gradient_norm/fc1") == [(step, 2.0 + step) for step in range(10)]
     assert scalars(events, "preactivation_absmax/fc1")[0] == (0, 4.0)
-    assert scalars(events, "validation/top1_error_percent") == [(4, 40.0)]
+    assert scalars(events, "evaluation/top1_error_percent") == [(4, 40.0)]
     tags = events.Tags()["tensors"]
     assert not [tag for tag in tags if "preactivation_max" in tag or "headroom_layer" in tag]
 
@@ -109,7 +111,7 @@ def test_histograms_of_weights_and_of_gradient_norms_since_the_last(run):
 
 def test_input_images_are_pictures_of_the_first_batch(run):
     write(run, 0, 1)
-    width, height, *pictures = strings(read(run), "augmented inputs/image_summary")
+    width, height, *pictures = strings(read(run), "images/augmented/image_summary")
     assert (int(width), int(height), len(pictures)) == (4, 4, 8)
     expected = np.clip(np.rint(IMAGES[0]), 0, 255)
     np.testing.assert_array_equal(tf.io.decode_png(pictures[0]), expected)
@@ -124,6 +126,10 @@ def test_config_and_manifest_are_text_and_hparams_hold_every_field(run):
     start = parse_session_start_info_plugin_data(content)
     assert start.hparams["lr"].number_value == 0.02
     assert start.hparams.keys() == TrainConfig().to_dict().keys()
+    content = events.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
+    results = [metric.name.tag for metric in parse_experiment_plugin_data(content).metric_infos]
+    assert results[0] == "evaluation/top1_error_percent"
+    assert set(results) <= set(events.Tags()["tensors"])
 
 
 def session_status(run: RunDirectory) -> int:
@@ -158,8 +164,8 @@ def test_a_resumed_run_has_one_curve_whatever_the_killed_one_left(run):
         half_written.write(b"\x20\x00\x00\x00\x00")
     write(run, 5, 10, offset=0.25)
     expected = [(step, 10.0 - step + (0.25 if step >= 5 else 0.0)) for step in range(10)]
-    assert scalars(read(run), "train/loss") == expected
-    assert scalars(read(run), "validation/top1_error_percent") == [(4, 40.0)]
+    assert scalars(read(run), "batch/loss") == expected
+    assert scalars(read(run), "evaluation/top1_error_percent") == [(4, 40.0)]
     # The files themselves hold no step twice, whatever a reader does about restarts.
     assert sorted(_loss_steps(run.path / "tensorboard")) == list(range(10))
     assert len(list((run.path / "tensorboard").iterdir())) == 2
@@ -168,7 +174,7 @@ def test_a_resumed_run_has_one_curve_whatever_the_killed_one_left(run):
 def _loss_steps(directory: Path) -> list[int]:
     records = tf.data.TFRecordDataset([str(file) for file in directory.iterdir()])
     events = [Event.FromString(record) for record in records.as_numpy_iterator()]
-    return [e.step for e in events if any(v.tag == "train/loss" for v in e.summary.value)]
+    return [e.step for e in events if any(v.tag == "batch/loss" for v in e.summary.value)]
 
 
 def test_a_checkpoint_flushes_so_that_a_kill_loses_no_curve(run):
@@ -177,7 +183,7 @@ def test_a_checkpoint_flushes_so_that_a_kill_loses_no_curve(run):
     for step in range(5):
         log.on_step(step, STATE, metrics_of(step))
     log.on_checkpoint(5)
-    assert scalars(read(run), "train/loss") == [(step, 10.0 - step) for step in range(5)]
+    assert scalars(read(run), "batch/loss") == [(step, 10.0 - step) for step in range(5)]
     log.__exit__(None, None, None)
 
 
@@ -186,4 +192,4 @@ def test_long_runs_thin_out_their_curves(run):
         log.on_start(run, TrainConfig(steps=5000), 0, {"sample_images": IMAGES})
         for step in range(4990, 5000):
             log.on_step(step, STATE, metrics_of(step))
-    assert [step for step, _ in scalars(read(run), "train/loss")] == [4990, 4995, 4999]
+    assert [step for step, _ in scalars(read(run), "batch/loss")] == [4990, 4995, 4999]

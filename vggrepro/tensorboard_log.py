@@ -22,7 +22,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS, STATUS_UNKNOWN
 from tensorboard.plugins.hparams.summary import session_end_pb
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.hparams.summary_v2 import (
+    HParam,
+    Metric,
+    hparams_config_pb,
+    hparams_pb,
+)
 from tensorboard.plugins.image.summary import pb as image_pb
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
@@ -39,19 +44,27 @@ HISTOGRAMS_PER_RUN = 20
 SAMPLE_IMAGES = 8
 FLUSH_SECONDS = 10
 
+# TensorBoard sorts sections by name: the curves a person wants first come first.
 TAGS = {
-    "loss": "train/loss",
-    "top1_accuracy": "train/top1_accuracy",
-    "top5_accuracy": "train/top5_accuracy",
-    "lr": "train/learning_rate",
+    "loss": "batch/loss",
+    "top1_accuracy": "batch/top1_accuracy",
+    "top5_accuracy": "batch/top5_accuracy",
+    "lr": "batch/learning_rate",
     "grad_norm": "numerics/gradient_norm",
     "headroom": "numerics/headroom_bits",
     "input_absmax": "numerics/input_absmax",
     "images_per_second": "speed/images_per_second",
     "data_wait_share": "speed/data_wait_share",
-    "val_loss": "validation/loss",
-    "val_top1_error": "validation/top1_error_percent",
-    "val_top5_error": "validation/top5_error_percent",
+    "val_loss": "evaluation/loss",
+    "val_top1_error": "evaluation/top1_error_percent",
+    "val_top5_error": "evaluation/top5_error_percent",
+}
+# The columns of the HParams table, beside the configuration.
+RESULTS = {
+    TAGS["val_top1_error"]: "top-1 error, %",
+    TAGS["val_top5_error"]: "top-5 error, %",
+    TAGS["val_loss"]: "validation loss",
+    TAGS["loss"]: "last batch's loss",
 }
 LAYER_QUANTITIES = ("preactivation_absmax", "gradient_norm", "weight_norm", "update_ratio")
 
@@ -96,13 +109,20 @@ class TensorBoardLog(Hook):
         restart = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=restart))
         if first_step == 0:
-            self._add(0, hparams_pb(config.to_dict(), trial_id=run.path.name))
+            values = config.to_dict()
+            columns = [HParam(name) for name in values]
+            results = [Metric(tag, display_name=name) for tag, name in RESULTS.items()]
+            self._add(
+                0,
+                hparams_config_pb(columns, results),
+                hparams_pb(values, trial_id=run.path.name),
+            )
         samples = np.clip(np.rint(info["sample_images"][:SAMPLE_IMAGES]), 0, 255)
         self._add(
             first_step,
             text_pb("config", config_table(config)),
             text_pb("manifest", _code_block(run.manifest())),
-            image_pb("augmented inputs", samples.astype(np.uint8), max_outputs=SAMPLE_IMAGES),
+            image_pb("images/augmented", samples.astype(np.uint8), max_outputs=SAMPLE_IMAGES),
         )
 
     def on_step(self, step: int, state: StateView, metrics: Mapping[str, Any]) -> None:
