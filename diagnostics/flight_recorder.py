@@ -64,7 +64,7 @@ class FlightRecorder:
             header = json_text({"schema": SCHEMA, "columns": list(columns)}) + "\n"
             write_whole(self._file, header.encode())
         with disk_errors(self._file):
-            self._descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND)
+            self._descriptor = os.open(self._file, os.O_WRONLY)
         self._width = len(columns)
         self._last_step = first_step - 1
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,17 @@ def test_remove_directory(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_directory_half_removed_has_lost_its_name(tmp_path, monkeypatch):
+    _fill(tmp_path / "target", "one")
+    monkeypatch.setattr(shutil, "rmtree", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        remove_directory(tmp_path / "target")
+    monkeypatch.undo()
+    assert not (tmp_path / "target").exists()
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_write_whole_keeps_the_older_file_when_the_disk_is_full(tmp_path, monkeypatch):
     file = tmp_path / "new" / "file"
     write_whole(file, b"one")
@@ -119,7 +131,7 @@ def test_write_whole_keeps_the_older_file_when_the_disk_is_full(tmp_path, monkey
 def test_append_whole_leaves_no_half_record(tmp_path, monkeypatch):
     file = tmp_path / "log"
     file.write_bytes(b"one\n")
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(file, os.O_WRONLY)
     write = os.write
 
     def write_three_bytes_then_fill_up(target, data):

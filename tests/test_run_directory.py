@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -78,23 +79,40 @@ def test_create_refuses_a_run_and_a_file(run, tmp_path):
         RunDirectory.create(tmp_path / "file", CONFIG, {})
 
 
-def test_create_starts_again_where_it_was_killed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writes", [0, 1])
+def test_create_starts_again_where_it_was_killed(tmp_path, monkeypatch, writes):
+    left = iter(range(writes))
     write = run_directory.write_json
 
-    def killed_before_config(path, value):
-        if path.name == "config.json":
-            (path.parent / ".tmp-config.json-01234567").touch()
+    def killed_after_some_writes(path, value):
+        if next(left, None) is None:
+            (path.parent / ".tmp-manifest.json-01234567").touch()
             raise KeyboardInterrupt
         write(path, value)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_directory, "write_json", killed_before_config)
+        patch.setattr(run_directory, "write_json", killed_after_some_writes)
         RunDirectory.create(tmp_path / "run", CONFIG, {"attempt": 1})
     with pytest.raises(InputError, match="not a run directory: it has no config.json"):
         RunDirectory.open(tmp_path / "run")
     with RunDirectory.create(tmp_path / "run", CONFIG, {"attempt": 2}) as run:
         assert run.manifest() == {"attempt": 2}
         assert names_in(run.path) == [".lock", "config.json", "manifest.json"]
+
+
+def test_create_refuses_a_run_that_another_process_made_meanwhile(tmp_path, monkeypatch):
+    lock = run_directory.acquire_lock
+
+    def other_process_comes_first(path):
+        monkeypatch.undo()
+        RunDirectory.create(path, CONFIG, {"owner": "other"}).close()
+        return lock(path)
+
+    monkeypatch.setattr(run_directory, "acquire_lock", other_process_comes_first)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        RunDirectory.create(tmp_path / "run", CONFIG, {"owner": "this"})
+    with RunDirectory.open(tmp_path / "run", writable=True) as run:
+        assert run.manifest() == {"owner": "other"}
 
 
 def test_open_refuses_what_is_not_a_run(tmp_path):
@@ -160,6 +178,12 @@ def test_the_checkpoint_just_saved_is_never_the_one_that_goes(run):
     assert run.checkpoints() == [5, 20]
     run.save_checkpoint(3, state_of(3), keep=1)
     assert run.checkpoints() == [3]
+
+
+def test_none_goes_while_there_are_fewer_than_keep(run):
+    for step in (10, 20, 30, 40):
+        run.save_checkpoint(step, state_of(step), keep=5)
+    assert run.checkpoints() == [10, 20, 30, 40]
 
 
 def test_a_checkpoint_saved_again_is_replaced(run):
@@ -289,7 +313,8 @@ def test_truncate_metrics_drops_later_steps_and_a_half_line(run, tail):
         file.write(tail)
     with RunDirectory.open(run.path, writable=True) as again:
         again.truncate_metrics(5)
-        assert [record.get("step") for record in again.metrics()] == [None, 0, 1, 1, 2]
+        again.append_metrics({"step": 5})
+        assert [record.get("step") for record in again.metrics()] == [None, 0, 1, 1, 2, 5]
         again.truncate_metrics(2)
         again.append_metrics({"step": 2, "again": 1})
         assert again.metrics()[3:] == [{"step": 1, "val_loss": 2}, {"step": 2, "again": 1}]
@@ -336,6 +361,14 @@ def test_a_second_writer_in_this_process_is_refused_until_the_first_closes(run):
     RunDirectory.open(run.path).close()
     run.close()
     RunDirectory.open(run.path, writable=True).close()
+
+
+def test_the_lock_file_names_only_its_present_holder(run):
+    run.close()
+    (run.path / ".lock").write_text("pid 1234567890 on a-machine-with-a-very-long-name\n" * 3)
+    with RunDirectory.open(run.path, writable=True), pytest.raises(RunLocked) as caught:
+        RunDirectory.open(run.path, writable=True)
+    assert caught.value.message.endswith(f"(pid {os.getpid()} on {platform.node()})")
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:

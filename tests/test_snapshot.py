@@ -209,6 +209,16 @@ def test_a_missing_file_is_named(tmp_path, file):
         read_snapshot(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("dtype", ["F8_E5M2", "F4", "no such type"])
+def test_a_type_that_numpy_lacks_is_damage(tmp_path, dtype):
+    write_snapshot(tmp_path / "s", {"a": np.zeros(3, np.uint8)}, {})
+    header = json.dumps({"a": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(3)
+    (tmp_path / "s" / STATE_FILE).write_bytes(data)
+    with pytest.raises(SnapshotDamaged, match=STATE_FILE):
+        read_snapshot(tmp_path / "s")
+
+
 def test_a_newer_schema_is_not_called_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "SCHEMA", 2)
     write_snapshot(tmp_path / "s", {"a": np.zeros(3)}, {})

@@ -29,9 +29,8 @@ class MetricsLog:
           InputError: the disk is full; no half line is left.
         """
         if self._descriptor is None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             with disk_errors(self._file):
-                self._descriptor = os.open(self._file, flags, 0o666)
+                self._descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o666)
         append_whole(self._descriptor, (json_text(record) + "\n").encode(), self._file)
 
     def sync(self) -> None:
