@@ -150,6 +150,15 @@ def test_the_panel_is_drawn_at_most_four_times_a_second():
     assert run.text().count("/1,000 ━") <= 9
 
 
+def test_the_panel_shows_the_last_checkpoint_even_after_the_last_step():
+    run = Run(steps=2, terminal_width=80)
+    run.step(0, 1.0)
+    run.step(1, 0.01)
+    run.display.on_checkpoint(2)
+    *_, values = run.text().splitlines()
+    assert re.split(r"\s{2,}", values.strip())[2] == "2"
+
+
 def test_a_validation_stays_on_the_screen_above_the_panel():
     run = Run(steps=10, terminal_width=80)
     run.step(0, 1.0)

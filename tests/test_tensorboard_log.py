@@ -127,7 +127,9 @@ def test_config_and_manifest_are_text_and_hparams_hold_every_field(run):
     assert start.hparams["lr"].number_value == 0.02
     assert start.hparams.keys() == TrainConfig().to_dict().keys()
     content = events.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
-    results = [metric.name.tag for metric in parse_experiment_plugin_data(content).metric_infos]
+    experiment = parse_experiment_plugin_data(content)
+    assert {info.name for info in experiment.hparam_infos} <= start.hparams.keys()
+    results = [metric.name.tag for metric in experiment.metric_infos]
     assert results[0] == "evaluation/top1_error_percent"
     assert set(results) <= set(events.Tags()["tensors"])
 

@@ -92,6 +92,8 @@ class ProgressDisplay(Hook):
 
     def on_checkpoint(self, step: int) -> None:
         self._checkpoint = step
+        if self._live.is_started and self._window:
+            self._redraw(self._clock())
 
     def on_message(self, level: str, text: str) -> None:
         if level == "warning":

@@ -59,7 +59,11 @@ TAGS = {
     "val_top1_error": "evaluation/top1_error_percent",
     "val_top5_error": "evaluation/top5_error_percent",
 }
-# The columns of the HParams table, beside the configuration.
+# The columns of the HParams table; every field of the configuration is in the Text tab.
+COMPARED = (
+    *("arch", "width", "image_size", "init", "lr", "batch_size", "steps"),
+    *("warmup_steps", "clip_norm", "precision", "seed"),
+)
 RESULTS = {
     TAGS["val_top1_error"]: "top-1 error, %",
     TAGS["val_top5_error"]: "top-5 error, %",
@@ -110,7 +114,7 @@ class TensorBoardLog(Hook):
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=restart))
         if first_step == 0:
             values = config.to_dict()
-            columns = [HParam(name) for name in values]
+            columns = [HParam(name) for name in COMPARED]
             results = [Metric(tag, display_name=name) for tag, name in RESULTS.items()]
             self._add(
                 0,
