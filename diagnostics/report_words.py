@@ -7,7 +7,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diagnostics.diagnosis import Diagnosis, FirstNonfinite, InputRange, Onset
+from diagnostics.diagnosis import (
+    Counterfactual,
+    Diagnosis,
+    FirstNonfinite,
+    InputRange,
+    Onset,
+    Recommendation,
+)
 
 VERDICT_TITLES: Mapping[str, str] = {
     "reproduced": "reproduced",
@@ -17,9 +24,9 @@ VERDICT_TITLES: Mapping[str, str] = {
     "stalled": "stalled",
 }
 VERDICT_SENTENCES: Mapping[str, str] = {
-    "reproduced": "Run again from the saved state, the step fails again with the same bits.",
-    "not_reproduced": "Run again from the saved state, the step is clean: it did not recur.",
-    "replay_differs": "Run again from the saved state, the step gives other numbers than recorded.",
+    "reproduced": "Replayed from the saved state, the step failed again with the same bits.",
+    "not_reproduced": "Replayed from the saved state, the step was clean this time.",
+    "replay_differs": "Replayed from the saved state, the step gave other numbers than recorded.",
     "diverged": "No value is NaN or infinite, but the loss ran away.",
     "stalled": "No value is NaN or infinite, but the loss never left where guessing puts it.",
 }
@@ -34,15 +41,25 @@ CAUSE_TITLES: Mapping[str, str] = {
     "architecture": "the architecture",
     "weights": "the weights the step was given",
     "hardware": "the hardware",
-    "unknown": "unknown",
+    "unknown": "unknown: the evidence singles out no cause",
 }
 STAGE_TITLES: Mapping[str, str] = {
-    "data": "input data",
-    "weights": "weights before the step",
-    "forward": "forward pass",
-    "loss": "loss",
-    "backward": "backward pass",
-    "update": "weight update",
+    "data": "the input data",
+    "weights": "the weights before the step",
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "update": "the weight update",
+}
+QUANTITY_TITLES: Mapping[str, str] = {
+    "preactivation_absmax": "the largest pre-activation",
+    "preactivation_max": "the largest pre-activation",
+    "preactivation_min": "the smallest pre-activation",
+    "gradient_norm": "the gradient norm",
+    "grad_norm": "the gradient norm",
+    "weight_norm": "the weight norm",
+    "update_ratio": "the update relative to the weights",
+    "loss": "the loss",
 }
 _KIND_TITLES = {"nan": "NaN", "inf": "Inf"}
 _EXAMPLES_SHOWN = 4
@@ -122,10 +139,10 @@ def confidence(value: float) -> str:
 
 def place(first: FirstNonfinite) -> list[Fact]:
     """Where the first non-finite value is, line by line."""
-    stage = STAGE_TITLES.get(first.stage, first.stage)
-    facts = [Fact("stage", stage if first.layer is None else f"{stage}, layer {first.layer}")]
-    if first.op:
-        facts.append(Fact("op", first.op))
+    parts = [STAGE_TITLES.get(first.stage, first.stage)]
+    parts += [f"layer {first.layer}"] if first.layer else []
+    parts += [f"op {first.op}"] if first.op else []
+    facts = [Fact("stage", ", ".join(parts))]
     if first.source:
         facts.append(Fact("source", first.source))
     share = f" ({100 * first.count / first.size:.3g} %)" if first.size else ""
@@ -136,13 +153,14 @@ def place(first: FirstNonfinite) -> list[Fact]:
             f"seen in the {first.seen_in}",
         )
     )
-    facts.append(Fact("examples", _examples(first)))
+    if first.examples or first.stage in ("data", "forward", "loss"):
+        facts.append(Fact("examples", _examples(first)))
     return facts
 
 
 def _examples(first: FirstNonfinite) -> str:
     if not first.examples:
-        return "none stands out: the same happens in every row of the batch"
+        return "none in particular: no single row of the batch is to blame"
     names = list(first.example_names) + [""] * len(first.examples)
     shown = [
         f"{name} (example {example})" if name else f"example {example}"
@@ -162,11 +180,15 @@ def input_range(inputs: InputRange) -> str:
 def onset_sentence(onset: Onset) -> str:
     """Since when and where it went wrong, and how fast."""
     where = f" in {onset.layer}" if onset.layer else ""
-    quantity = onset.quantity.replace("_", " ")
-    return (
-        f"Trouble began at step {onset.step:,}{where}: {quantity} {number(onset.value)}, "
-        f"then {number(onset.growth_per_step)} times as much at each step."
-    )
+    quantity = QUANTITY_TITLES.get(onset.quantity, onset.quantity)
+    growth = onset.growth_per_step
+    if not math.isfinite(growth):
+        after = ""
+    elif 0.95 < growth < 1.05:
+        after = " and stayed there"
+    else:
+        after = f", then {number(growth)} times as much at each step"
+    return f"It began at step {onset.step:,}{where}: {quantity} was {number(onset.value)}{after}."
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -180,3 +202,37 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [(prefix, ", ".join(str(item) for item in value))]
     return [(prefix, "-" if value is None else str(value))]
+
+
+def remark(tried: Counterfactual) -> str:
+    """What is worth saying of one replay."""
+    smallest = "smallest fix" if tried.minimal else ""
+    return "; ".join(part for part in (smallest, tried.note) if part)
+
+
+def verified(advice: Recommendation) -> str:
+    """Whether the command has been tried out."""
+    if advice.verified:
+        return "verified: this very command was replayed and survived"
+    return "not verified: this very command was not replayed from its start"
+
+
+def most_telling(tried: Sequence[Counterfactual], limit: int) -> list[Counterfactual]:
+    """At most `limit` replays, in their own order: the smallest fix, survivors, then others."""
+    order = sorted(tried, key=lambda one: (not one.minimal, not one.survived))
+    kept = [id(one) for one in order[:limit]]
+    return [one for one in tried if id(one) in kept]
+
+
+def no_advice(diagnosis: Diagnosis) -> str:
+    """Why no command is recommended."""
+    if diagnosis.counterfactuals:
+        return "Nothing that was tried is a fix, so no command is recommended."
+    return "No change was tried, so no command is recommended."
+
+
+def headroom_note(stalled: bool) -> str:
+    """What headroom is; `stalled`: in a run whose signal is too faint, not too large."""
+    if stalled:
+        return "signal: the layer's largest pre-activation; a healthy one is near 1"
+    return "headroom: how often the layer's largest value can double before it overflows"
