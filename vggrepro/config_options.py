@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from typing import Any
 
 from diagnostics.errors import InputError
@@ -52,6 +53,31 @@ def option_name(field_name: str) -> str:
     if field_name in ("scale_min", "scale_max"):
         return "--scale"
     return "--" + field_name.replace("_", "-")
+
+
+def command_line(config: TrainConfig) -> str:
+    """The `vggrepro train` command that gives this configuration, defaults left out."""
+    words = ["vggrepro", "train"]
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        if field.name == "scale_max" or field.name == "classes":
+            continue  # --scale sets both ends; the number of classes is the data's
+        if field.name == "scale_min":
+            if (value, config.scale_max) != _default_scale(config):
+                words += ["--scale", f"{value}:{config.scale_max}"]
+        elif value != field.default:
+            option = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words += [f"--{option}", str(value)]  # str keeps every digit
+    return shlex.join(words)
+
+
+def _default_scale(config: TrainConfig) -> tuple[int, int]:
+    """S where --scale is not given: (smallest, largest)."""
+    side = round(config.image_size * PAPER_SCALE_RATIO)
+    return side, side
 
 
 def _add_scale_option(group: argparse._ArgumentGroup) -> None:

@@ -152,3 +152,20 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What may explain other bits than recorded, in sentences; paths and devices aside."""
+    found = []
+    for part, what in (("packages", ""), ("variables", "environment variable ")):
+        old, new = recorded.get(part, {}), current.get(part, {})
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
+                was, now = old.get(name, "not there"), new.get(name, "not there")
+                found.append(f"{what}{name}: {was} when recorded, {now} now")
+    hardware, now_hardware = recorded.get("hardware", {}), current.get("hardware", {})
+    pairs = [(name, recorded.get(name), current.get(name)) for name in ("python", "system")]
+    pairs += [(name, hardware.get(name), now_hardware.get(name)) for name in ("cpu", "cores")]
+    return found + [
+        f"{name}: {old} when recorded, {new} now" for name, old, new in pairs if old != new
+    ]

@@ -7,7 +7,7 @@ the gated update; the trainer and the replay run this same compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,7 @@ def loss_and_gradients(
     dropout: Dropout | None,
     compute_dtype: tf.DType = tf.float32,
     global_rows: int,
+    phase: Callable[[str], None] = lambda name: None,
 ) -> CoreResult:
     """Loss, gradients and what the tripwire needs: a pure function of tensors.
 
@@ -59,7 +60,9 @@ def loss_and_gradients(
       compute_dtype: type of activations; the loss is float32.
       global_rows: the loss is the sum over the rows divided by this, so that
         the sum over replicas is the mean over the global batch.
+      phase: told 'forward', 'loss' and 'backward' as each begins.
     """
+    phase("forward")
     pair = guard.extremes(images)
     seen: list[tf.Tensor] = []
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -71,7 +74,9 @@ def loss_and_gradients(
             dropout=dropout,
             observe=lambda layer, values: seen.append(guard.extremes(values)),
         )
+        phase("loss")
         loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)
+    phase("backward")
     gradients = tape.gradient(loss, list(parameters.values()))
     top1, top5 = _correct(logits, labels)
     return CoreResult(Forward(pair, labels_valid, tf.stack(seen), loss), gradients, top1, top5)
@@ -94,15 +99,16 @@ def cross_entropy(
 def true_class_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """int32 [N]: how many classes come before the true one; 0 is a right top-1.
 
-    Equal logits rank by class number, so that a dead net scores at chance. A NaN
-    logit of the true class ranks last.
+    Equal logits rank by class number, so that a dead net scores at chance. With a
+    NaN logit of the true class the rank is beyond every class.
     """
     own = tf.gather(logits, tf.clip_by_value(labels, 0, logits.shape[1] - 1), batch_dims=1)
     lower = tf.range(logits.shape[1])[tf.newaxis] < labels[:, tf.newaxis]
     beaten = tf.logical_or(
         ~(logits <= own[:, tf.newaxis]), tf.logical_and(lower, logits >= own[:, tf.newaxis])
     )
-    return tf.reduce_sum(tf.cast(beaten, tf.int32), axis=1)
+    rank = tf.reduce_sum(tf.cast(beaten, tf.int32), axis=1)
+    return tf.where(tf.math.is_nan(own), tf.int32.max, rank)
 
 
 def _correct(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -168,6 +174,21 @@ class TrainStep:
             variable.assign(state[name])
         self.rearm()
 
+    def record_validation(self, steps: int, error: float) -> None:
+        """Lets the plateau rule see a validation after `steps` steps, once.
+
+        Args:
+          error: validation top-1 error, percent.
+        """
+        counted = self.variables["counters/evaluated_at"]
+        if int(counted.numpy()) == steps:
+            return
+        schedule = PlateauSchedule(self.config.plateau_patience, self.config.lr_drops)
+        memory = {name: self.variables[name].numpy() for name in schedule.initial_state()}
+        for name, value in schedule.after_evaluation(memory, error).items():
+            self.variables[name].assign(value)
+        counted.assign(steps)
+
     def rearm(self) -> None:
         """Lets steps run again after one was refused."""
         self._refused.assign(NOT_REFUSED)
@@ -195,6 +216,30 @@ class TrainStep:
             global_rows=rows,
         )
         return self._gated_update(core, step, rows)
+
+    def run_op_by_op(
+        self, images: tf.Tensor, labels: tf.Tensor, phase: Callable[[str], None]
+    ) -> None:
+        """The same step eagerly, for a tracer; computes the update but writes nothing."""
+        step, rows = self.variables["counters/step"].read_value(), images.shape[0]
+        core = loss_and_gradients(
+            self.network,
+            self._parameter_tensors(),
+            images,
+            labels,
+            dropout=Dropout(self.config.dropout, self._dropout_seed(step), rows),
+            compute_dtype=self._compute_dtype,
+            global_rows=rows,
+            phase=phase,
+        )
+        phase("update")
+        rate = learning_rate(self.config, step, self.variables["schedule/drops"].read_value())
+        scale = self._optimizer.clip_scale(guard.exact_norm(core.gradients))
+        for name, gradient in zip(self._names, core.gradients, strict=True):
+            with tf.name_scope(name.partition("/")[0]):
+                weight = self.variables[f"params/{name}"].read_value()
+                velocity = self.variables[f"momentum/{name}"].read_value()
+                self._optimizer.proposal(name, weight, velocity, gradient, rate, scale)
 
     def _dropout_seed(self, step: tf.Tensor) -> tf.Tensor:
         return tf.random.experimental.stateless_fold_in(self._seed, step, alg="philox")

@@ -29,7 +29,6 @@ from vggrepro.hooks import Hook
 from vggrepro.incident_report import save_incident
 from vggrepro.keras_export import save_weights
 from vggrepro.model import Network, build_network
-from vggrepro.optimizer import PlateauSchedule
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_metrics import StepMetrics
 from vggrepro.train_step import State, TrainStep
@@ -295,8 +294,8 @@ class _Session:
         """Validates where the schedule or the end asks for it; False if told to stop."""
         config, now = self._config, self._now
         scheduled = now > 0 and config.eval_every > 0 and now % config.eval_every == 0
-        variables = self._step.variables
-        if scheduled and int(variables["counters/evaluated_at"].numpy()) == now:
+        evaluated_at = int(self._step.variables["counters/evaluated_at"].numpy())
+        if scheduled and evaluated_at == now:
             self._last_evaluation = self._recorded_evaluation()
             return True
         if not scheduled and now != config.steps:
@@ -305,12 +304,7 @@ class _Session:
         if metrics is None:
             return False
         if scheduled:
-            schedule = PlateauSchedule(config.plateau_patience, config.lr_drops)
-            memory = {name: variables[name].numpy() for name in schedule.initial_state()}
-            memory = schedule.after_evaluation(memory, metrics["val_top1_error"])
-            for name, value in memory.items():
-                variables[name].assign(value)
-            variables["counters/evaluated_at"].assign(now)
+            self._step.record_validation(now, metrics["val_top1_error"])
         self._last_evaluation = metrics
         self._record_evaluation(metrics)
         return True

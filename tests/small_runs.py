@@ -1,0 +1,59 @@
+"""Small real runs for tests: a few tiny JPEG files and a very narrow VGG-A."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vggrepro.config import TrainConfig
+from vggrepro.model import Network, build_network
+from vggrepro.synthetic import ensure_synthetic
+
+TINY = {
+    "width": 0.05,
+    "batch_size": 8,
+    "steps": 6,
+    "eval_every": 3,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 2,
+    "lr": 0.01,
+    "warmup_steps": 2,
+    "classes": 3,
+}
+
+
+def tiny_data(directory: Path) -> Path:
+    """36 training and 9 validation images of 3 classes."""
+    return ensure_synthetic(
+        directory / "images", seed=1, classes=3, train_per_class=12, val_per_class=3
+    )
+
+
+def tiny_config(data: Path | str = "unused", **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**TINY, "data": str(data), **changes})
+
+
+def tiny_network(config: TrainConfig) -> Network:
+    return build_network(
+        config.arch, width=config.width, image_size=config.image_size, classes=config.classes
+    )
+
+
+def random_batch(config: TrainConfig, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images in the range of mean-subtracted pixels, and labels."""
+    random = np.random.default_rng(seed)
+    side = config.image_size
+    images = random.normal(0.0, 60.0, (config.batch_size, side, side, 3)).astype(np.float32)
+    return images, random.integers(0, config.classes, config.batch_size).astype(np.int32)
+
+
+def without_timing(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what depends on the clock."""
+    return {name: value for name, value in record.items() if name != "images_per_second"}
+
+
+def replaced(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(config, **changes)
