@@ -24,6 +24,7 @@ import numpy as np
 
 from diagnostics.diagnosis import Onset
 from diagnostics.protocol import RunFacts, Telemetry
+from diagnostics.stall import detect_divergence
 from diagnostics.telemetry_view import (
     LARGEST_FLOAT32,
     input_absmax,
@@ -35,7 +36,6 @@ from diagnostics.telemetry_view import (
 
 AMPLIFIED = 1e3  # largest pre-activation over largest input of a healthy first step: about 1
 HUGE_GRADIENT = 1e6
-RUNAWAY_LOSS = 100.0  # times the first loss (and the loss of guessing)
 _SMALLEST_RISE = 4.0  # bits
 _SMALLEST_WEIGHT_RISE = 3.0
 _TINIEST = 2.0**-149
@@ -78,11 +78,10 @@ def find_onset(telemetry: Telemetry, facts: RunFacts) -> Onset | None:
 def _in_trouble(telemetry: Telemetry, facts: RunFacts) -> bool:
     if not np.isfinite(telemetry.rows[-1]).all():
         return True
-    loss = scalar_column(telemetry, "loss")
-    if loss is None:
-        return False
-    usual = max(abs(loss[0]), facts.chance_loss or 0.0, 1e-30)
-    return bool(abs(loss[-1]) > RUNAWAY_LOSS * usual)
+    gradient = scalar_column(telemetry, "grad_norm")
+    if gradient is not None and gradient[-1] > HUGE_GRADIENT:
+        return True
+    return detect_divergence(telemetry, facts) is not None
 
 
 def _all_series(telemetry: Telemetry, facts: RunFacts) -> Iterator[_Series]:

@@ -1,0 +1,138 @@
+"""Rules that read the place: which stage, which op, what went into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from diagnostics.diagnosis import FirstNonfinite
+from diagnostics.evidence import Evidence, Finding
+from diagnostics.op_domains import DomainFault, domain_fault, op_name
+from diagnostics.report_words import number, plural
+from diagnostics.signals import HUGE, half_precision, largest_signal
+from diagnostics.telemetry_view import preactivations_of_row
+
+_UNBOUNDED_ACTIVATIONS = ("exp", "exponential")
+
+
+def place_findings(evidence: Evidence) -> Iterator[Finding]:
+    """Hardware, damaged weights, formulas outside their domain."""
+    if evidence.verdict == "not_reproduced":
+        yield Finding(
+            "hardware",
+            9.0,
+            "The same step on the same state and batch, run again twice, came out finite: "
+            "the failure was not in the program but passed (memory, device or driver)",
+        )
+        return
+    yield from _weights(evidence)
+    first = evidence.first_nonfinite
+    if first is not None and first.stage in ("forward", "loss", "backward"):
+        yield from _formula(evidence, first)
+        yield from _bare_loss(evidence, first)
+    yield from _unbounded_activation(evidence)
+
+
+def _weights(evidence: Evidence) -> Iterator[Finding]:
+    broken = {n: s for n, s in evidence.weight_stats.items() if not s.finite}
+    first = evidence.first_nonfinite
+    if broken or (first is not None and first.stage == "weights"):
+        yield Finding("weights", 8.0, _broken_weights(evidence, broken))
+    onset = evidence.onset
+    jumped = onset is not None and onset.quantity == "weight_norm" and onset.step == evidence.step
+    if jumped and not broken and onset is not None:
+        yield Finding(
+            "weights",
+            6.0,
+            f"The weights of {onset.layer} entered step {evidence.step} with norm "
+            f"{number(onset.value)}, {number(onset.growth_per_step)} times that of the step "
+            "before, which no recorded update explains: they were overwritten",
+        )
+
+
+def _broken_weights(evidence: Evidence, broken: dict) -> str:
+    count = sum(s.nan + s.pos_inf + s.neg_inf for s in broken.values())
+    names = ", ".join(list(broken)[:3]) or "the weights"
+    text = f"{names} held {plural(count, 'non-finite number')} before step {evidence.step} ran"
+    if evidence.step == 0:
+        return f"{text}: they were loaded or drawn that way"
+    return (
+        f"{text}, although every earlier update was checked to be finite: a damaged "
+        "checkpoint, or something wrote to them from outside the training step"
+    )
+
+
+def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
+    fault = domain_fault(first, half_precision(evidence))
+    if fault is None:
+        return
+    kind = _owner(evidence, first)
+    sane = _sanity(evidence, fault)
+    where = "the loss" if kind == "loss_formula" else f"layer {first.layer}"
+    rows = ""
+    if first.examples:
+        rows = f" (in {plural(len(first.examples), 'example')} of the batch)"
+    sentence = f"{first.op} in {where} computes {fault.what}{rows}"
+    if first.source:
+        sentence += f", at {first.source}"
+    if sane == 1.0:
+        sentence += f"; what goes into it is no larger than {number(fault.magnitude)}"
+    yield Finding(kind, 4.5 * sane, sentence)
+    for survivor in evidence.survivors("loss_formula"):
+        yield Finding(kind, 3.0, f"With {survivor.change} the same steps stay finite")
+
+
+def _owner(evidence: Evidence, first: FirstNonfinite) -> str:
+    """Whose formula it is: the loss's, or a layer's."""
+    layers = {layer.name for layer in evidence.facts.layers}
+    if first.stage == "loss" or not first.layer:
+        return "loss_formula"
+    if first.stage == "forward" or first.layer in layers:
+        return "architecture"
+    return "loss_formula"
+
+
+def _sanity(evidence: Evidence, fault: DomainFault) -> float:
+    """1 for a formula fed with ordinary numbers, less where they had exploded before."""
+    signal = max(_signal_before(evidence), 0.0 if fault.at_zero else fault.magnitude)
+    if signal <= 1e4:
+        return 1.0
+    return 0.8 if signal <= HUGE else 0.35
+
+
+def _signal_before(evidence: Evidence) -> float:
+    """Largest finite pre-activation of the failing step, up to the failing layer."""
+    if not evidence.telemetry.steps.size:
+        return 0.0
+    largest = 0.0
+    for value in preactivations_of_row(evidence.telemetry, -1).values():
+        if not math.isfinite(value):
+            break
+        largest = max(largest, value)
+    return largest
+
+
+def _bare_loss(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
+    """The loss is not finite although ordinary numbers went into it, by an unknown way."""
+    known = domain_fault(first, half_precision(evidence)) is not None
+    if first.stage == "loss" and not known and largest_signal(evidence) < 1e4:
+        yield Finding(
+            "loss_formula",
+            2.5,
+            f"Everything before the loss is finite and at most "
+            f"{number(largest_signal(evidence))}, yet the loss is not finite",
+        )
+
+
+def _unbounded_activation(evidence: Evidence) -> Iterator[Finding]:
+    first = evidence.first_nonfinite
+    layers = [e for e in evidence.facts.layers if e.activation in _UNBOUNDED_ACTIVATIONS]
+    if layers and first is not None and first.stage == "forward":
+        in_exp = first.op is not None and op_name(first.op) == "exp"
+        names = ", ".join(layer.name for layer in layers[:3])
+        yield Finding(
+            "architecture",
+            2.5 if in_exp or len(layers) > 1 else 1.0,
+            f"{plural(len(layers), 'layer')} ({names}) end in an exponential, which turns an "
+            "input of 89 into infinity; several in a row overflow for almost any input",
+        )

@@ -1,0 +1,176 @@
+"""Rules about signals that grow: the initialiser against the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from diagnostics.evidence import Evidence, Finding
+from diagnostics.report_words import number
+from diagnostics.signals import (
+    LayerGain,
+    amplification,
+    exploded,
+    first_loss,
+    gain_bits,
+    input_scale,
+    largest_update,
+    layer_gains,
+    loss_over_chance,
+)
+
+_EXPLODES = 3.0  # bits of amplification that a net may have and still train
+_ADAPTIVE = ("adam", "rmsprop", "adagrad", "nadam", "adamw", "adamax", "ftrl", "lion", "lamb")
+_LARGE_RATE = {"adaptive": 0.03, "sgd": 0.5}
+
+
+def scale_findings(evidence: Evidence) -> Iterator[Finding]:
+    """Initialiser and learning rate, where something grew out of bounds."""
+    if not exploded(evidence):
+        return
+    gains = layer_gains(evidence)
+    amplified = gain_bits(gains)[0]
+    yield from _gains(evidence, gains, amplified)
+    yield from _first_step(evidence, amplified)
+    yield from _init_replays(evidence, amplified)
+    yield from _updates(evidence)
+    yield from _rate(evidence)
+    yield from _rate_replays(evidence, amplified)
+
+
+def _gains(evidence: Evidence, gains: list[LayerGain], amplified: float) -> Iterator[Finding]:
+    if not gains:
+        return
+    if amplified < 2.0:
+        yield Finding("init", -1.5)
+        return
+    yield Finding("init", min(5.0, 0.5 * (amplified - 1.5)), _gain_sentence(gains, amplified))
+    if amplified > 2 * _EXPLODES:
+        yield from _initialiser(evidence, gains)
+
+
+def _gain_sentence(gains: list[LayerGain], amplified: float) -> str:
+    strongest = max(gains, key=lambda layer: layer.bits)
+    return (
+        f"The initial weights multiply the signal by {number(2.0**amplified)} from input to "
+        f"output: up to {strongest.gain:.2g} times in one layer ({strongest.name}: "
+        f"sqrt(fan-in {strongest.fan_in:,} x {strongest.std:.3g}^2 / 2)), where 1 keeps it"
+    )
+
+
+def _initialiser(evidence: Evidence, gains: list[LayerGain]) -> Iterator[Finding]:
+    """What was asked for, and what it ought to have been."""
+    spreads = [layer.std for layer in gains]
+    alike = max(spreads) < 1.15 * min(spreads)
+    asked = f" (asked for: {evidence.facts.init})" if evidence.facts.init else ""
+    if alike and len(gains) >= 3:
+        widest = max(gains, key=lambda layer: layer.fan_in)
+        yield Finding(
+            "init",
+            0.5,
+            f"Every layer has the same standard deviation {spreads[0]:.3g}{asked}, whatever its "
+            f"fan-in; {widest.name} would keep its signal at "
+            f"sqrt(2/{widest.fan_in:,}) = {math.sqrt(2 / widest.fan_in):.2g}",
+        )
+    note = evidence.facts.extra.get("init_note")
+    if note:
+        yield Finding("init", 0.5, note)
+
+
+def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
+    """Whether step 0 was already absurd, before anything was learnt."""
+    ratio, seen, loss = loss_over_chance(evidence), amplification(evidence), first_loss(evidence)
+    large_input = input_scale(evidence)[0] > 10
+    absurd_loss = ratio is not None and ratio > 4
+    if absurd_loss and amplified > 2.0:
+        yield Finding(
+            "init",
+            min(3.0, 0.8 * math.log10(ratio or 1.0) + 0.7),
+            f"Step 0, before any update, has loss {number(loss)} where guessing has "
+            f"{number(evidence.facts.chance_loss)}",
+        )
+    if seen is not None and seen[0] > 300:
+        yield Finding(
+            "init",
+            min(2.5, 0.4 * math.log10(seen[0])),
+            f"At step 0 the pre-activations of {seen[1]} are already {number(seen[0])} times "
+            "as large as the input",
+        )
+    absurd = absurd_loss or (seen is not None and seen[0] > 300)
+    if evidence.onset is not None and not absurd and amplified < 2 * _EXPLODES:
+        weight = 2.0 if not large_input else 1.0
+        yield Finding("learning_rate", weight, _sane_start(evidence, loss))
+        if evidence.onset.step > 0:
+            yield Finding("init", -1.5)
+
+
+def _sane_start(evidence: Evidence, loss: float | None) -> str:
+    onset = evidence.onset
+    assert onset is not None
+    began = "" if loss is None else f"Step 0 is sane (loss {number(loss)}); "
+    where = f" of {onset.layer}" if onset.layer else ""
+    return (
+        f"{began}from step {onset.step} on the {onset.quantity.replace('_', ' ')}{where} grows "
+        f"{number(onset.growth_per_step)} times a step"
+    )
+
+
+def _init_replays(evidence: Evidence, amplified: float) -> Iterator[Finding]:
+    tried = evidence.tried("init") + evidence.tried("init_scale")
+    survived = [one for one in tried if one.survived]
+    if survived:
+        names = ", ".join(one.change for one in survived[:3])
+        yield Finding(
+            "init",
+            3.0 if amplified > _EXPLODES else 1.0,
+            f"From step 0 with {names} and nothing else changed, the run survives",
+        )
+    elif tried:
+        yield Finding("init", -2.5)
+
+
+def _updates(evidence: Evidence) -> Iterator[Finding]:
+    found = largest_update(evidence)
+    if found is not None and found[0] > 0.2:
+        ratio, layer, step = found
+        yield Finding(
+            "learning_rate",
+            1.5,
+            f"The update of step {step} was {ratio:.2g} times the size of the weights of "
+            f"{layer} themselves (0.001 is usual)",
+        )
+
+
+def _rate(evidence: Evidence) -> Iterator[Finding]:
+    rate, name = evidence.facts.learning_rate, evidence.facts.optimizer.lower()
+    if rate is None:
+        return
+    if rate < 0 or not math.isfinite(rate):
+        yield Finding("learning_rate", 6.0, f"The learning rate is {rate:g}")
+        return
+    family = "adaptive" if any(word in name for word in _ADAPTIVE) else "sgd"
+    excess = rate / _LARGE_RATE[family]
+    if excess > 1:
+        yield Finding(
+            "learning_rate",
+            min(3.0, 1.2 + math.log10(excess)),
+            f"The learning rate {rate:g} is large for {evidence.facts.optimizer or 'SGD'}",
+        )
+
+
+def _rate_replays(evidence: Evidence, amplified: float) -> Iterator[Finding]:
+    tried = evidence.tried("learning_rate")
+    survived = [one for one in tried if one.survived]
+    if survived:
+        largest = max(survived, key=lambda one: float(one.value or 0.0))
+        weight = 2.5 if amplified < _EXPLODES else 1.0
+        yield Finding("learning_rate", weight, f"With {largest.change} the same steps survive")
+    elif tried:
+        smallest = min(float(one.value or 0.0) for one in tried)
+        yield Finding("learning_rate", -3.0)
+        if amplified > _EXPLODES:
+            yield Finding("init", 1.0, f"No learning rate down to {smallest:g} survives")
+    gentle = evidence.survivors("warmup") + evidence.survivors("clip_norm")
+    if gentle and amplified < _EXPLODES:
+        names = " and ".join(one.change for one in gentle[:2])
+        yield Finding("learning_rate", 0.7, f"It survives with {names} too")

@@ -1,0 +1,238 @@
+"""Measures that several rules of the judge share, derived from the evidence."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from diagnostics.evidence import Evidence
+from diagnostics.protocol import LayerFacts
+from diagnostics.telemetry_view import (
+    input_absmax,
+    is_half,
+    layer_column,
+    layer_names,
+    preactivations_of_row,
+    scalar_column,
+)
+from diagnostics.tensor_stats import TensorStats
+
+HUGE = 1e6  # a finite activation or input beyond this is an explosion under way
+_LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
+_OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
+_BOUNDED = {"tanh", "sigmoid", "hard_sigmoid", "softmax", "softsign", "hard_tanh"}
+_LINEAR = {None, "", "linear"}
+_ACTIVATION_LAYERS = {
+    "ReLU": "relu",
+    "LeakyReLU": "leaky_relu",
+    "PReLU": "relu",
+    "ELU": "elu",
+    "Softmax": "softmax",
+}
+_FLOAT16_LIMIT_BITS = 16.0
+
+
+class LayerGain(NamedTuple):
+    """How much the initial weights of a layer multiply the RMS of their input.
+
+    Attributes:
+      std: root mean square of the initial kernel.
+      gain: sqrt(fan_in * std^2 / 2) before a ReLU-like activation, sqrt(fan_in)
+        * std before a linear one; fan_in * std where all weights have one sign,
+        because their contributions then add up instead of cancelling.
+      bits: log2(gain) in an unbounded layer, 0 where the activation is bounded.
+      resets: whether a bounded activation or a normalisation follows.
+    """
+
+    name: str
+    fan_in: int
+    std: float
+    gain: float
+    bits: float
+    resets: bool
+
+
+def layer_gains(evidence: Evidence) -> list[LayerGain]:
+    """The gain of every weight layer at step 0, in forward order.
+
+    Empty if the initial weights are not known. Layers of zeros are left out.
+    """
+    layers = evidence.facts.layers
+    found = []
+    for index, layer in enumerate(layers):
+        stats = evidence.initial_weight_stats.get(layer.weight or "")
+        if stats is None or not layer.fan_in or stats.rms == 0 or layer.kind == "Embedding":
+            continue
+        activation, normalised = _what_follows(layers, index)
+        coherent = stats.minimum >= 0 or stats.maximum <= 0
+        gain = stats.rms * (layer.fan_in if coherent else math.sqrt(layer.fan_in))
+        if activation not in _LINEAR and activation not in _BOUNDED and not coherent:
+            gain /= math.sqrt(2.0)
+        resets = normalised or activation in _BOUNDED
+        bits = 0.0 if resets else math.log2(gain)
+        found.append(LayerGain(layer.name, layer.fan_in, stats.rms, gain, bits, resets))
+    return found
+
+
+def _what_follows(layers: tuple[LayerFacts, ...], index: int) -> tuple[str | None, bool]:
+    """(activation after a layer's kernel, whether a normalisation comes before the next)."""
+    activation, normalised = layers[index].activation, False
+    for layer in layers[index + 1 :]:
+        if layer.fan_in:
+            break
+        normalised = normalised or "Normalization" in layer.kind
+        if activation in _LINEAR:
+            activation = layer.activation or _ACTIVATION_LAYERS.get(layer.kind)
+    return activation, normalised
+
+
+def gain_bits(gains: list[LayerGain]) -> tuple[float, float]:
+    """(largest, smallest) sum of log2(gain) from an unscaled signal to a later layer.
+
+    A bounded activation or a normalisation starts the count anew.
+    """
+    largest = smallest = total = 0.0
+    for layer in gains:
+        total = 0.0 if layer.resets else total + layer.bits
+        largest, smallest = max(largest, total), min(smallest, total)
+    return largest, smallest
+
+
+def input_arrays(evidence: Evidence) -> dict[str, TensorStats]:
+    """The batch's inputs by name: neither labels nor ids nor weights."""
+    return {n: s for n, s in evidence.batch_stats.items() if _role(n) == "input"}
+
+
+def label_arrays(evidence: Evidence) -> dict[str, TensorStats]:
+    """The batch's labels or targets by name."""
+    return {n: s for n, s in evidence.batch_stats.items() if _role(n) == "label"}
+
+
+def _role(name: str) -> str:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    if words & _LABEL_NAMES:
+        return "label"
+    return "other" if words & _OTHER_NAMES else "input"
+
+
+def input_scale(evidence: Evidence) -> tuple[float, float]:
+    """(RMS, absolute maximum) of the largest floating-point input; (0, 0) if none.
+
+    Integers are token or category numbers, whose size means nothing.
+    """
+    floats = [s for s in input_arrays(evidence).values() if not is_integer(s)]
+    if not floats:
+        return 0.0, 0.0
+    largest = max(floats, key=lambda stats: stats.rms)
+    return largest.rms, _finite_absmax(largest)
+
+
+def is_integer(stats: TensorStats) -> bool:
+    """Whether the array is of an integer type (8, 16, 32 or 64 bits)."""
+    limit = type_bits(stats)
+    return limit is not None and any(abs(limit - bits) < 1e-3 for bits in (7, 8, 15, 31, 32, 63))
+
+
+def is_half_array(stats: TensorStats) -> bool:
+    """Whether the array is float16 (its largest number is 65504)."""
+    limit = type_bits(stats)
+    return limit is not None and _FLOAT16_LIMIT_BITS - 0.01 < limit < _FLOAT16_LIMIT_BITS
+
+
+def type_bits(stats: TensorStats) -> float | None:
+    """log2 of the type's largest number; None if the statistics do not tell."""
+    if not stats.finite or stats.absmax == 0 or not math.isfinite(stats.headroom):
+        return None
+    return math.log2(stats.absmax) + stats.headroom
+
+
+def _finite_absmax(stats: TensorStats) -> float:
+    bounds = [abs(b) for b in (stats.minimum, stats.maximum) if math.isfinite(b)]
+    return max(bounds, default=0.0)
+
+
+def amplification(evidence: Evidence) -> tuple[float, str] | None:
+    """(largest pre-activation over largest input, its layer) of the first recorded step.
+
+    None if that was not recorded.
+    """
+    inputs = input_absmax(evidence.telemetry)
+    if not evidence.telemetry.steps.size:
+        return None
+    row = {n: v for n, v in preactivations_of_row(evidence.telemetry, 0).items() if v == v}
+    if inputs is None or not row or not np.isfinite(inputs[0]) or inputs[0] == 0:
+        return None
+    layer = max(row, key=lambda name: row[name])
+    return row[layer] / float(inputs[0]), layer
+
+
+def first_loss(evidence: Evidence) -> float | None:
+    """The loss of the first recorded step, if that is step 0 and finite."""
+    loss = scalar_column(evidence.telemetry, "loss")
+    if loss is None or not loss.size or evidence.telemetry.steps[0] != 0:
+        return None
+    return float(loss[0]) if np.isfinite(loss[0]) else None
+
+
+def loss_over_chance(evidence: Evidence) -> float | None:
+    """Step 0's loss over the loss of guessing; None if either is unknown."""
+    loss, chance = first_loss(evidence), evidence.facts.chance_loss
+    return None if loss is None or not chance else loss / chance
+
+
+def largest_signal(evidence: Evidence) -> float:
+    """The largest finite number seen among pre-activations, loss and the op's inputs."""
+    numbers = [0.0]
+    telemetry = evidence.telemetry
+    for row in range(max(0, telemetry.steps.size - 2), telemetry.steps.size):
+        numbers += preactivations_of_row(telemetry, row).values()
+    loss = scalar_column(telemetry, "loss")
+    if loss is not None:
+        numbers += np.abs(loss[-2:]).tolist()
+    if evidence.first_nonfinite is not None:
+        for given in evidence.first_nonfinite.inputs:
+            numbers += [abs(given.minimum), abs(given.maximum)]
+    return max(number for number in numbers if math.isfinite(number))
+
+
+def exploded(evidence: Evidence) -> bool:
+    """Whether numbers grew out of bounds, as against one bad value or operation."""
+    if evidence.verdict == "diverged":
+        return True
+    if evidence.onset is not None and evidence.onset.quantity != "loss":
+        return True
+    half = half_precision(evidence)
+    return largest_signal(evidence) > (1e3 if half else HUGE)
+
+
+def half_precision(evidence: Evidence) -> bool:
+    """Whether the run computes in float16, by its facts or by its arrays."""
+    if is_half(evidence.facts.precision):
+        return True
+    return any(is_half_array(stats) for stats in evidence.weight_stats.values())
+
+
+def largest_update(evidence: Evidence) -> tuple[float, str, int] | None:
+    """(update ratio, layer, step that wrote it) of the largest early update.
+
+    Of the first two updates after the onset (or the last two recorded); the very
+    first update of weights that start at zero does not count.
+    """
+    telemetry = evidence.telemetry
+    if telemetry.steps.size < 2:
+        return None
+    onset = evidence.onset.step if evidence.onset is not None else int(telemetry.steps[-2])
+    rows = np.flatnonzero(telemetry.steps > onset)[:2]
+    best: tuple[float, str, int] | None = None
+    for layer in layer_names(telemetry):
+        ratios = layer_column(telemetry, layer, "update_ratio")
+        norms = layer_column(telemetry, layer, "weight_norm")
+        for row in rows if ratios is not None else ():
+            ratio = float(ratios[row])  # type: ignore[index]
+            zero_start = norms is not None and norms[row - 1] == 0
+            if math.isfinite(ratio) and not zero_start and (best is None or ratio > best[0]):
+                best = ratio, layer, int(telemetry.steps[row - 1])
+    return best

@@ -1,0 +1,238 @@
+"""Finite runs in trouble: those that do not learn, and those that run away.
+
+A flat loss alone proves nothing: a healthy net may sit near ln(classes) for a
+hundred steps before it learns. So a stall needs either a reason that the numbers
+show (no signal at the output, a dead ReLU layer, updates that change nothing), or
+a plateau longer than a healthy start.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from diagnostics.protocol import RunFacts, Telemetry
+from diagnostics.report_words import number
+from diagnostics.telemetry_view import layer_column, layer_names, scalar_column
+
+RUNAWAY = 100.0  # times the loss of guessing, or the first loss where that is unknown
+GRADIENT_RUNAWAY = 1e6  # times the gradient norm of the first steps
+_FLAT = (0.98, 1.2)  # smoothed loss over the loss of guessing
+_WINDOW = 20
+# Healthy: logits of 0.1 and more, update ratios around 1e-3.
+FAINT_OUTPUT = 0.02
+IDLE_UPDATE = 1e-5
+_STEPS_WITH_REASON = 30
+_STEPS_WITHOUT_REASON = 300
+_RELU_LIKE = ("relu", "relu6")
+
+
+@dataclass(frozen=True)
+class StallSignals:
+    """What the last recorded steps say about signal and gradient.
+
+    Attributes:
+      output_layer, output_scale: the last layer and the median of its largest
+        absolute pre-activation; None if not recorded.
+      gradient_norm: median of the global norm.
+      output_gradient: median gradient norm of the last layer.
+      update_ratio: median of the largest ratio over the layers.
+      dead_layers: ReLU layers with no pre-activation above 0 in all those steps.
+      dead_since: first recorded step from which one of them was dead.
+    """
+
+    output_layer: str | None
+    output_scale: float | None
+    gradient_norm: float | None
+    output_gradient: float | None
+    update_ratio: float | None
+    dead_layers: tuple[str, ...]
+    dead_since: int | None
+
+    def reasons(self, classifies: bool) -> list[str]:
+        """Why this run cannot be learning, one clause each; empty if nothing says so.
+
+        Args:
+          classifies: outputs are logits, whose scale means something.
+        """
+        found = []
+        if classifies and self.output_scale is not None and self.output_scale < FAINT_OUTPUT:
+            found.append(
+                f"the largest pre-activation of {self.output_layer} is "
+                f"{number(self.output_scale)} (hardly any signal reaches the output)"
+            )
+        if self.dead_layers:
+            names = ", ".join(self.dead_layers[:3])
+            found.append(f"no unit of {names} is ever above 0 (dead ReLUs)")
+        if self.update_ratio is not None and self.update_ratio < IDLE_UPDATE:
+            found.append(
+                f"an update changes no layer by more than {number(self.update_ratio)} of "
+                "its size (0.001 is usual)"
+            )
+        if self.gradient_norm == 0:
+            found.append("the gradient is exactly 0")
+        return found
+
+
+def stall_signals(telemetry: Telemetry, facts: RunFacts) -> StallSignals:
+    """Signals over the last 20 recorded steps."""
+    names = layer_names(telemetry)
+    last = names[-1] if names else None
+    peaks = None if last is None else layer_column(telemetry, last, "preactivation_absmax")
+    gradients = None if last is None else layer_column(telemetry, last, "gradient_norm")
+    ratios = [r for n in names if (r := layer_column(telemetry, n, "update_ratio")) is not None]
+    dead = _dead(telemetry, facts)
+    return StallSignals(
+        output_layer=last,
+        output_scale=_recent(peaks),
+        gradient_norm=_recent(scalar_column(telemetry, "grad_norm")),
+        output_gradient=_recent(gradients),
+        # The first row's ratio is 0: nothing was updated before it.
+        update_ratio=_recent(np.max(ratios, axis=0)[1:]) if ratios else None,
+        dead_layers=tuple(dead),
+        dead_since=min(dead.values(), default=None),
+    )
+
+
+def _recent(values: np.ndarray | None) -> float | None:
+    if values is None or not values.size:
+        return None
+    return float(np.median(values[-_WINDOW:]))
+
+
+def _dead(telemetry: Telemetry, facts: RunFacts) -> dict[str, int]:
+    """ReLU layers that end dead, and since which recorded step."""
+    found = {}
+    for layer in facts.layers:
+        peak = telemetry.column(f"{layer.name}/preactivation_max")
+        if layer.activation not in _RELU_LIKE or peak is None or not peak.size:
+            continue
+        alive = np.flatnonzero(~(peak <= 0))
+        since = int(alive[-1]) + 1 if alive.size else 0
+        if peak.size - since >= min(_WINDOW, peak.size):
+            found[layer.name] = int(telemetry.steps[since])
+    return found
+
+
+def detect_stall(telemetry: Telemetry, facts: RunFacts) -> str | None:
+    """Says so in a sentence if the loss never left that of guessing; else None.
+
+    Where the loss of guessing is unknown, the first loss stands in, and only a
+    reason in the numbers makes it a stall.
+    """
+    loss = scalar_column(telemetry, "loss")
+    if loss is None or loss.size < _STEPS_WITH_REASON or not np.isfinite(loss).all():
+        return None
+    known = facts.chance_loss is not None
+    guess = facts.chance_loss if facts.chance_loss is not None else float(loss[0])
+    smooth = _smoothed(loss)
+    low, high = _FLAT
+    if smooth.min() < low * guess or smooth[-1] > high * guess or (guess == 0 and not known):
+        return None
+    reasons = stall_signals(telemetry, facts).reasons(classifies=known)
+    if not reasons and (not known or loss.size < _STEPS_WITHOUT_REASON):
+        return None
+    what = f"the loss of guessing, {guess:.4g}" if known else f"its first value, {guess:.4g}"
+    text = f"In {loss.size:,} steps the loss never left {what} (last: {smooth[-1]:.4g})"
+    return f"{text}: {'; '.join(reasons)}" if reasons else text
+
+
+def _smoothed(loss: np.ndarray) -> np.ndarray:
+    """Running median over 20 steps, float64 [steps - 19]."""
+    return np.median(np.lib.stride_tricks.sliding_window_view(loss, _WINDOW), axis=1)
+
+
+def detect_divergence(telemetry: Telemetry, facts: RunFacts) -> str | None:
+    """Says so in a sentence if a finite run ran away; else None.
+
+    The last five steps count, so a spike that was survived is none. A loss below
+    zero counts by its size: a loss without lower bound runs away downwards.
+    """
+    loss, gradient = scalar_column(telemetry, "loss"), scalar_column(telemetry, "grad_norm")
+    if loss is None or loss.size < 2 or not np.isfinite(loss[-5:]).all():
+        return None
+    usual = facts.chance_loss if facts.chance_loss else abs(float(loss[0]))
+    now = float(np.median(np.abs(loss[-5:])))
+    if usual > 0 and now > RUNAWAY * usual:
+        what = "the loss of guessing" if facts.chance_loss else "the first one"
+        return f"The loss ran away to {number(float(loss[-1]))}, {now / usual:.3g} times {what}"
+    if gradient is None or loss.size < 10:
+        return None
+    before, after = float(np.median(gradient[:5])), float(np.median(gradient[-5:]))
+    if before > 0 and after > GRADIENT_RUNAWAY * before:
+        return f"The gradient norm ran away to {number(after)}, from {number(before)}"
+    return None
+
+
+class StallWatch:
+    """Warns once, while it trains, about a run that does not learn.
+
+    It has no part in the training, so its memory need not survive a resume.
+
+    Args:
+      facts: of the run; without a `chance_loss` it stays silent.
+      patience: steps at the loss of guessing before the numbers are looked at.
+      long_patience: steps after which a flat loss alone is worth a warning.
+    """
+
+    def __init__(self, facts: RunFacts, patience: int = 100, long_patience: int = 3000) -> None:
+        self._facts = facts
+        self._patience, self._long_patience = patience, long_patience
+        self._columns: tuple[str, ...] = ()
+        self._rows: deque[np.ndarray] = deque(maxlen=_WINDOW)
+        self._flat_steps = 0
+        self._warned = False
+
+    def warning(self, step: int, telemetry: Mapping[str, float]) -> str | None:
+        """What to tell the user after this step.
+
+        Args:
+          telemetry: the step's numbers by column name.
+        """
+        guess = self._facts.chance_loss
+        if self._warned or guess is None:
+            return None
+        self._columns = self._columns or tuple(
+            name for name, value in telemetry.items() if isinstance(value, (int, float))
+        )
+        self._rows.append(np.array([telemetry[n] for n in self._columns], np.float32))
+        self._flat_steps += 1
+        if len(self._rows) < _WINDOW:
+            return None
+        loss = float(np.median([row[self._columns.index("loss")] for row in self._rows]))
+        if not _FLAT[0] * guess <= loss <= _FLAT[1] * guess:
+            self._flat_steps = 0
+        if self._flat_steps < self._patience:
+            return None
+        reasons = self._reasons(step)
+        if not reasons and self._flat_steps < self._long_patience:
+            return None
+        self._warned = True
+        return self._text(step, loss, reasons)
+
+    def _reasons(self, step: int) -> list[str]:
+        return self._signals(step).reasons(classifies=True)
+
+    def _signals(self, step: int) -> StallSignals:
+        steps = np.arange(step + 1 - len(self._rows), step + 1)
+        return stall_signals(Telemetry(steps, self._columns, np.stack(self._rows)), self._facts)
+
+    def _text(self, step: int, loss: float, reasons: list[str]) -> str:
+        signals = self._signals(step)
+        numbers = "".join(
+            f", {name} {number(value)}"
+            for name, value in (
+                ("signal at the output", signals.output_scale),
+                ("its gradient", signals.output_gradient),
+                ("largest update ratio", signals.update_ratio),
+            )
+            if value is not None
+        )
+        why = f": {'; '.join(reasons)}" if reasons else ""
+        return (
+            f"step {step}: the loss, {loss:.4g}, has not left that of guessing for "
+            f"{self._flat_steps:,} steps{why} ({numbers.removeprefix(', ')})"
+        )
