@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from diagnostics.telemetry_view import (
 )
 
 _LAST_STEPS = 5
+_LAST_ALONE = 24
+_AROUND_ALONE = 6
 
 
 @dataclass(frozen=True)
@@ -113,3 +117,54 @@ def _extreme(room: Headroom, row: int, faintest: bool) -> tuple[float | None, st
 def _value(telemetry: Telemetry, name: str, row: int) -> float | None:
     column = scalar_column(telemetry, name)
     return None if column is None else float(column[row])
+
+
+class Column(NamedTuple):
+    """Neighbouring rows of the telemetry, first to last included, drawn as one column."""
+
+    first: int
+    last: int
+
+
+def columns(telemetry: Telemetry, diagnosis: Diagnosis, most: int) -> list[Column]:
+    """All rows in at most `most` columns.
+
+    In a long run the first row, those around the onset and the failing step and the
+    last ones keep a column each; the stretches between are grouped.
+
+    Args:
+      most: at least 80.
+    """
+    count = len(telemetry.steps)
+    if count <= most:
+        return [Column(row, row) for row in range(count)]
+    alone = _rows_alone(telemetry, diagnosis)
+    stretches = _stretches(alone, count)
+    grouped = sum(last - first + 1 for first, last in stretches)
+    size = math.ceil(grouped / (most - len(alone) - len(stretches)))
+    chosen = [Column(row, row) for row in alone]
+    for first, last in stretches:
+        chosen += [
+            Column(start, min(start + size - 1, last)) for start in range(first, last + 1, size)
+        ]
+    return sorted(chosen)
+
+
+def _rows_alone(telemetry: Telemetry, diagnosis: Diagnosis) -> list[int]:
+    count = len(telemetry.steps)
+    alone = {0, *range(count - _LAST_ALONE, count)}
+    marked = [diagnosis.step] + ([diagnosis.onset.step] if diagnosis.onset else [])
+    for step in marked:
+        at = int(np.searchsorted(telemetry.steps, step))
+        alone |= set(range(at - _AROUND_ALONE, at + _AROUND_ALONE + 1))
+    return sorted(row for row in alone if 0 <= row < count)
+
+
+def _stretches(alone: list[int], count: int) -> list[tuple[int, int]]:
+    """The runs of rows between those that stand alone."""
+    borders = [*alone, count]
+    return [
+        (before + 1, after - 1)
+        for before, after in itertools.pairwise(borders)
+        if after - before > 1
+    ]

@@ -15,6 +15,7 @@ from diagnostics.diagnosis import (
     Onset,
     Recommendation,
 )
+from diagnostics.protocol import RunFacts
 
 VERDICT_TITLES: Mapping[str, str] = {
     "reproduced": "reproduced",
@@ -41,7 +42,7 @@ CAUSE_TITLES: Mapping[str, str] = {
     "architecture": "the architecture",
     "weights": "the weights the step was given",
     "hardware": "the hardware",
-    "unknown": "unknown: the evidence singles out no cause",
+    "unknown": "no cause found",
 }
 STAGE_TITLES: Mapping[str, str] = {
     "data": "the input data",
@@ -86,17 +87,18 @@ def printable(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three or four significant digits: '6.91', '4.0e8', '-3.7e-5', 'NaN', 'Inf', '-'."""
+    """Two to four significant digits: '6.91', '4e8', '-3.7e-5', 'NaN', 'Inf', '-'."""
     if value is None:
         return "-"
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "Inf" if value > 0 else "-Inf"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.4g}"
+    plain = f"{value:.4g}"
+    if "e" not in plain and (value == 0 or abs(value) >= 1e-3):
+        return plain
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def bits(headroom: float | None) -> str:
@@ -189,6 +191,25 @@ def onset_sentence(onset: Onset) -> str:
     else:
         after = f", then {number(growth)} times as much at each step"
     return f"It began at step {onset.step:,}{where}: {quantity} was {number(onset.value)}{after}."
+
+
+def configuration(facts: RunFacts) -> list[tuple[str, str]]:
+    """What the run was asked to do, as far as it is known."""
+    values: dict[str, Any] = {
+        "initialiser": facts.init,
+        "optimizer": facts.optimizer or None,
+        "learning rate": facts.learning_rate,
+        "warm-up steps": facts.warmup_steps or None,
+        "gradient norm clipped to": facts.clip_norm or None,
+        "momentum": facts.momentum or None,
+        "weight decay": facts.weight_decay or None,
+        "number format": facts.precision,
+        "loss": facts.loss or None,
+        "classes": facts.classes,
+        "batch size": facts.batch_size,
+        **facts.extra,
+    }
+    return flatten({name: value for name, value in values.items() if value is not None})
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
