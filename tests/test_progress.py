@@ -169,6 +169,16 @@ def test_a_validation_stays_on_the_screen_above_the_panel():
     assert text.rindex("headroom") > text.index("validation top-1 error")
 
 
+def test_a_closed_pipe_is_an_error_that_the_command_line_knows(monkeypatch):
+    class ClosedPipe(StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", ClosedPipe())
+    with pytest.raises(BrokenPipeError), ProgressDisplay() as display:
+        display.on_message("info", "measuring")
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [(0.4, "0:00:00"), (65, "0:01:05"), (86_400 * 3 + 5, "3 days, 0:00:05")],

@@ -9,6 +9,7 @@ the tag that the manifest records: paper, interpretation or deviation.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +128,9 @@ class TrainConfig:
             "plateau_patience", self.plateau_patience >= 1, self.plateau_patience, "must be >= 1"
         )
         _check("width", self.width > 0, self.width, "must be positive")
-        _check("lr", self.lr > 0, self.lr, "must be positive")
+        _check("lr", 0 < self.lr < math.inf, self.lr, "must be positive and finite")
+        _check("lr_drop_factor", 0 < self.lr_drop_factor < 1, self.lr_drop_factor, "not in (0, 1)")
+        _check("weight_decay", self.weight_decay >= 0, self.weight_decay, "must not be negative")
         _check("momentum", 0 <= self.momentum < 1, self.momentum, "must be in [0, 1)")
         _check("dropout", 0 <= self.dropout < 1, self.dropout, "must be in [0, 1)")
         _check("seed", 0 <= self.seed < 2**63, self.seed, "must be in [0, 2^63)")

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,6 +29,13 @@ WIDE_COLUMNS = 110
 LOW_HEADROOM_BITS = 24.0
 
 
+class _Console(Console):
+    """Standard output; a closed pipe is an ordinary error, not rich's silent exit."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
 class ProgressDisplay(Hook):
     """Step, loss, accuracy, gradient norm, rate, speed, time left, headroom.
 
@@ -42,7 +49,7 @@ class ProgressDisplay(Hook):
     def __init__(
         self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._console = console or Console()
+        self._console = console or _Console()
         self._clock = clock
         self._live = Live(console=self._console, auto_refresh=False)
         self._window: deque[Mapping[str, Any]] = deque(maxlen=SMOOTHED_STEPS)
