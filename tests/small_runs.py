@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from diagnostics.snapshot import hash_arrays
 from vggrepro.config import TrainConfig
 from vggrepro.model import Network, build_network
+from vggrepro.run_directory import RunDirectory
 from vggrepro.synthetic import ensure_synthetic
 
 TINY = {
@@ -53,6 +55,21 @@ def random_batch(config: TrainConfig, seed: int = 0) -> tuple[np.ndarray, np.nda
 def without_timing(record: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl without what depends on the clock."""
     return {name: value for name, value in record.items() if name != "images_per_second"}
+
+
+def run_outcome(path: Path) -> dict[str, Any]:
+    """Everything of a run that must not depend on how it was interrupted."""
+    with RunDirectory.open(path) as run:
+        steps, columns, rows = run.telemetry.read()
+        manifest = run.manifest()
+        last = run.latest_checkpoint()
+        return {
+            "weights": manifest["final_weights_sha256"],
+            "final_metrics": manifest["final_metrics"],
+            "state": hash_arrays(last[1]),
+            "metrics": [without_timing(record) for record in run.metrics()],
+            "telemetry": (steps.tolist(), columns, rows.tobytes()),
+        }
 
 
 def replaced(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_runs import replaced, tiny_config, tiny_data, without_timing
+from small_runs import replaced, run_outcome, tiny_config, tiny_data
 
 from diagnostics.errors import GuardFailure, InputError, RunLocked, StoppedByGuard
 from diagnostics.incident import read_incident
@@ -30,21 +30,6 @@ def whole(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "whole"
     trainer.train(tiny_config(data), path)
     return path
-
-
-def outcome(path):
-    """Everything of a run that must not depend on how it was interrupted."""
-    with RunDirectory.open(path) as run:
-        steps, columns, rows = run.telemetry.read()
-        manifest = run.manifest()
-        last = run.latest_checkpoint()
-        return {
-            "weights": manifest["final_weights_sha256"],
-            "final_metrics": manifest["final_metrics"],
-            "state": hash_arrays(last[1]),
-            "metrics": [without_timing(record) for record in run.metrics()],
-            "telemetry": (steps.tolist(), columns, rows.tobytes()),
-        }
 
 
 class StopAfter(Hook):
@@ -89,7 +74,7 @@ def test_a_resumed_run_has_the_same_bits_wherever_it_crashed(data, whole, tmp_pa
     with RunDirectory.open(tmp_path / "run") as run:
         stored = config.from_dict(run.config())
     trainer.train(stored, tmp_path / "run", resume=True)
-    assert outcome(tmp_path / "run") == outcome(whole)
+    assert run_outcome(tmp_path / "run") == run_outcome(whole)
 
 
 def test_resuming_a_finished_run_changes_nothing_and_more_steps_go_on(data, whole, tmp_path):
@@ -98,10 +83,10 @@ def test_resuming_a_finished_run_changes_nothing_and_more_steps_go_on(data, whol
     with RunDirectory.open(copy) as run:
         config = tiny_config(data).from_dict(run.config())
     trainer.train(config, copy, resume=True)
-    assert outcome(copy) == outcome(whole)
+    assert run_outcome(copy) == run_outcome(whole)
     trainer.train(replaced(config, steps=8), copy, resume=True)
     trainer.train(replaced(config, steps=8), tmp_path / "long")
-    assert outcome(copy)["state"] == outcome(tmp_path / "long")["state"]
+    assert run_outcome(copy)["state"] == run_outcome(tmp_path / "long")["state"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(data, whole, tmp_path):
@@ -121,7 +106,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(data, whole, tmp_pat
         config = tiny_config(data).from_dict(run.config())
     trainer.train(config, copy, [Listen()], resume=True)
     assert any(level == "warning" and "step-00000006" in text for level, text in heard)
-    assert outcome(copy) == outcome(whole)
+    assert run_outcome(copy) == run_outcome(whole)
 
 
 class PoisonBatch:
@@ -208,7 +193,7 @@ def test_ctrl_c_saves_and_a_resumed_run_has_the_same_bits(data, whole, tmp_path)
         assert run.manifest()["status"] == "interrupted"
         config = tiny_config(data).from_dict(run.config())
     trainer.train(config, tmp_path / "run", resume=True)
-    assert outcome(tmp_path / "run") == outcome(whole)
+    assert run_outcome(tmp_path / "run") == run_outcome(whole)
 
 
 def test_bad_input_is_named(data, tmp_path):
