@@ -106,6 +106,6 @@ def legend() -> Markup:
         tag("span", "not finite"),
         tag("svg", *boxes, width=22.0 * len(scale), height=14, aria_hidden="true"),
         tag("span", "all zero"),
-        tag("span", "red: about to overflow; pale: values of 1 to 1000; blue: fading away"),
+        tag("span", "red: about to overflow; neutral: values of 1 to 1000; blue: fading away"),
         class_="legend",
     )

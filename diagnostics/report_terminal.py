@@ -33,7 +33,14 @@ class _Limits(NamedTuple):
 
 # Tried in this order until the report fits the screen.
 _EVERYTHING = _Limits(10**6, 10**6, 10**6, 10**6)
-_SHORTER = (_EVERYTHING, _Limits(4, 3, 8, 10), _Limits(3, 2, 6, 7), _Limits(2, 2, 4, 4))
+_SHORTER = (
+    _EVERYTHING,
+    _Limits(4, 3, 8, 10),
+    _Limits(3, 2, 6, 8),
+    _Limits(3, 2, 5, 6),
+    _Limits(2, 2, 4, 4),
+    _Limits(1, 1, 3, 3),
+)
 
 
 class _Marks(NamedTuple):
