@@ -149,41 +149,51 @@ class TrainingStream:
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        count = len(self.index)
-        return [
-            int(shuffled_index(tf.constant(p % count, tf.int64), tf.constant(p // count, tf.int64),
-                               self._order_key, count))
-            for p in positions
-        ]
+        return [int(i) for i in self._plan(tf.constant(step, tf.int64))["example_ids"]]
 
     def name_of(self, example_id: int) -> str:
         """Path of an example, relative to the data directory."""
         return self.index.name_of(example_id)
 
     def _batches(self, first_step: tf.Tensor) -> tf.data.Dataset:
-        positions = tf.data.Dataset.range(first_step * self.batch_size, tf.int64.max)
-        examples = positions.map(self._example, num_parallel_calls=_threads(), deterministic=True)
+        rows = tf.data.Dataset.range(first_step, tf.int64.max).map(self._plan).unbatch()
+        examples = rows.map(self._example, num_parallel_calls=_threads(), deterministic=True)
         return _with_options(examples.batch(self.batch_size, drop_remainder=True))
 
-    def _example(self, position: tf.Tensor) -> Batch:
-        count = len(self.index)
-        epoch = position // count
-        example_id = shuffled_index(position % count, epoch, self._order_key, count)
-        seed = tf.stack([fold_in_tensor(self._augment_key, epoch), example_id])
-        jpeg, label = self._files.read(example_id)
+    def _plan(self, step: tf.Tensor) -> Batch:
+        """What a step's rows read and how they are augmented; each value is [B, ...]."""
+        positions = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
+        epochs = positions // len(self.index)
+        example_ids = shuffled(
+            positions % len(self.index), fold_in_tensor(self._order_key, epochs), len(self.index)
+        )
+        seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
+        return {"example_ids": example_ids, "seeds": seeds, **self._files.look_up(example_ids)}
+
+    def _example(self, row: Batch) -> Batch:
+        jpeg = tf.io.read_file(row["paths"])
         return {
-            "images": self.preprocessing.training_image(jpeg, seed),
-            "labels": label,
-            "example_ids": example_id,
+            "images": self.preprocessing.training_image(jpeg, row["seeds"]),
+            "labels": row["labels"],
+            "example_ids": row["example_ids"],
         }
 
 
-def shuffled_index(index: tf.Tensor, epoch: tf.Tensor, key: int, count: int) -> tf.Tensor:
-    """Element `index` of epoch `epoch`'s permutation of range(count); int64."""
-    seed = fold_in_tensor(key, epoch)
-    return tf.random.experimental.index_shuffle(
-        index, tf.stack([seed, seed // 2**32], axis=-1), tf.constant(count - 1, tf.int64)
+def shuffled(indices: tf.Tensor, seeds: tf.Tensor, count: int) -> tf.Tensor:
+    """Element `indices[i]` of the permutation of range(count) that `seeds[i]` names.
+
+    Args:
+      indices: int64 [n], each in [0, count).
+      seeds: int64 [n], each in [0, 2^63).
+    Returns:
+      int64 [n].
+    """
+    low, high = seeds % 2**32, seeds // 2**32  # the op takes three words of 32 bits
+    return tf.raw_ops.RandomIndexShuffle(
+        index=indices,
+        seed=tf.stack([low, high, tf.zeros_like(low)], axis=1),
+        max_index=tf.constant(count - 1, tf.int64),
+        rounds=4,
     )
 
 
@@ -227,11 +237,11 @@ class EvaluationStream:
         return _with_options(padded.batch(self.batch_size, drop_remainder=True)).prefetch(2)
 
     def _example(self, example_id: tf.Tensor) -> Batch:
-        jpeg, label = self._files.read(example_id)
+        row = self._files.look_up(example_id)
         side = self.preprocessing.evaluation_side
         return {
-            "images": self.preprocessing.evaluation_image(jpeg, side),
-            "labels": label,
+            "images": self.preprocessing.evaluation_image(tf.io.read_file(row["paths"]), side),
+            "labels": row["labels"],
             "example_ids": example_id,
             "weights": tf.constant(1.0),
         }
@@ -241,7 +251,7 @@ def example_files(index: ExampleIndex) -> tf.data.Dataset:
     """The content of every file (scalar strings), in the order of the index."""
     files = _Files(index)
     return tf.data.Dataset.range(len(index)).map(
-        lambda example_id: files.read(example_id)[0],
+        lambda example_id: tf.io.read_file(files.look_up(example_id)["paths"]),
         num_parallel_calls=_threads(),
         deterministic=True,
     )
@@ -286,10 +296,12 @@ class _Files:
         self._paths = tf.constant([f"{index.root}/{path}" for path in index.paths])
         self._labels = tf.constant(index.labels)
 
-    def read(self, example_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """File content (scalar string) and label (int32) of an example."""
-        path = tf.gather(self._paths, example_id)
-        return tf.io.read_file(path), tf.gather(self._labels, example_id)
+    def look_up(self, example_ids: tf.Tensor) -> Batch:
+        """Absolute paths (string) and labels (int32) of examples, of the ids' shape."""
+        return {
+            "paths": tf.gather(self._paths, example_ids),
+            "labels": tf.gather(self._labels, example_ids),
+        }
 
 
 def _threads() -> int:
