@@ -7,14 +7,15 @@ those leave out where it matters over many layers:
 - forward: E[z^2] = fan_in * inside * std^2 * E[x^2], where `inside` is the share of
   kernel taps that fall on the map and not on the zero padding;
 - ReLU: E[x^2] = E[z^2] / 2, as z is symmetric over the draw of the weights;
-- 2x2 max pooling raises E[x^2], the more the less neighbours agree. For Gaussian
-  pre-activations with neighbour correlation c it is E[max(0, M)^2], M the maximum of
-  four correlated normals. A random convolution keeps c, a ReLU raises and a pooling
-  lowers it; on photographs it stays between 0.95 and 0.98 in all VGG nets (measured), so
-  the input's c is used throughout;
+- 2x2 max pooling raises E[x^2], the more the less neighbours agree: to E[max(0, M)^2],
+  M the maximum of four normals with correlation c (`pooling_gain`);
+- the correlation c = E[x x'] / E[x^2] of neighbours: a convolution with random weights
+  keeps it (times `shared` where padding parts neighbours), a ReLU raises it (the
+  arc-cosine kernel of Cho & Saul 2009, n = 1), a pooling lowers it (to c^1.5, fitted:
+  measured on photographs, c stays between 0.95 and 0.98 through VGG-A at 224 pixels);
 - backward: E[dx^2] = fan_out * inside * std^2 * E[dz^2], halved by every ReLU and
-  quartered by every pooling; a kernel's gradient sums positions and examples as if they
-  were independent, which is rough (a factor of a few).
+  quartered by every pooling; a kernel's gradient sums positions as if they were
+  independent, which is rough (a factor of a few).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ EXPLODES_ABOVE = 30.0
 VANISHES_BELOW = 1e-4
 # The largest of some million roughly normal numbers, in standard deviations.
 _PEAK = 5.0
+_POOLING_EXPONENT = 1.5
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ChainLayer:
       relu: whether a ReLU follows.
       positions: outputs of one kernel for one example (height * width; 1 if dense).
       inside: share of kernel taps on the map, not on its padding; 1 if dense.
+      shared: what padding leaves of the correlation of neighbours; 1 if dense.
       pool: whether a 2x2 max pooling follows the ReLU.
       rescale: what a response normalisation after the ReLU makes of E[x^2].
     """
@@ -61,6 +64,7 @@ class ChainLayer:
     relu: bool = True
     positions: int = 1
     inside: float = 1.0
+    shared: float = 1.0
     pool: bool = False
     rescale: Callable[[float], float] | None = None
 
@@ -114,7 +118,6 @@ def propagate(
       correlation: of neighbouring input pixels, E[x x'] / E[x^2].
       classes, batch_size: the loss is the batch's mean softmax cross-entropy.
     """
-    pooled = pooling_gain(correlation)
     inputs, signals = [], []
     moment = input_rms**2
     for layer in chain:
@@ -124,7 +127,13 @@ def propagate(
         moment = signal / 2 if layer.relu else signal
         if layer.rescale is not None:
             moment = layer.rescale(moment)
-        moment *= pooled if layer.pool else 1.0
+        correlation *= layer.shared
+        if layer.pool:
+            moment *= pooling_gain(correlation)
+        if layer.relu:
+            correlation = after_relu(correlation)
+        if layer.pool:
+            correlation **= _POOLING_EXPONENT
     gradients = _gradients(chain, inputs, signals[-1], classes, batch_size)
     return tuple(
         LayerScale(layer.name, math.sqrt(signal), math.sqrt(gradient))
@@ -140,7 +149,7 @@ def _gradients(
     batch_size: int,
 ) -> list[float]:
     """Mean square of every kernel's gradient, from the second moments of its inputs."""
-    moment = _softmax_gradient(logits, classes)
+    moment = _softmax_gradient(logits, classes, batch_size)
     found: list[float] = []
     for index in range(len(chain) - 1, -1, -1):
         layer = chain[index]
@@ -148,7 +157,7 @@ def _gradients(
             moment /= 2
         if layer.pool:
             moment /= 4
-        found.append(layer.positions * inputs[index] * moment / batch_size)
+        found.append(layer.positions * inputs[index] * moment)
         moment *= layer.fan_out * layer.inside * layer.std**2
         before = chain[index - 1] if index else None
         if before is not None and before.rescale is not None:
@@ -156,10 +165,16 @@ def _gradients(
     return found[::-1]
 
 
-def _softmax_gradient(logits: float, classes: int) -> float:
-    """Mean square of softmax minus one-hot, for one example, from the mean square logit."""
+def _softmax_gradient(logits: float, classes: int, batch_size: int) -> float:
+    """Mean square of the batch's mean of softmax minus one-hot, from the mean square logit.
+
+    An untrained net answers nearly the same to every input, so the softmax parts of the
+    examples add up, while the labels are independent. The softmax is uniform for small
+    logits (sum of squares 1/classes) and one-hot for large ones.
+    """
     concentration = min(1.0, math.exp(min(logits, 50.0)) / classes)
-    return max(1.0 + concentration - 2.0 / classes, 1.0 / classes) / classes
+    labels = (1.0 - 1.0 / classes) / batch_size
+    return (concentration - 1.0 / classes + labels) / classes
 
 
 def pooling_gain(correlation: float) -> float:
@@ -172,7 +187,7 @@ def pooling_gain(correlation: float) -> float:
     own = math.sqrt(1.0 - common**2)
     if own == 0:
         return 1.0
-    grid = np.linspace(-8.0, 8.0, 801)
+    grid = np.linspace(-8.0, 8.0, 321)
     density = np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
     below = np.cumsum(density) * (grid[1] - grid[0])
     largest = 4 * below**3 * density  # density of the maximum of four independent ones
@@ -182,12 +197,35 @@ def pooling_gain(correlation: float) -> float:
     return float(2 * (mean_square * density).sum() / density.sum())
 
 
+def after_relu(correlation: float) -> float:
+    """Correlation E[x x'] / E[x^2] after a ReLU of normals with that correlation."""
+    c = min(max(correlation, -1.0), 1.0)
+    return (math.sqrt(1.0 - c * c) + c * (math.pi - math.acos(c))) / math.pi
+
+
+def taps_shared(side: int, kernel: int) -> float:
+    """What padding leaves of the correlation of neighbouring outputs.
+
+    Two neighbours agree as far as they see the same pixels through the same taps. That
+    is the mean number of taps of one axis that are on the map for both, over the mean
+    number for one; 1 for a 1x1 kernel, 0.5 on a 2x2 map with a 3x3 kernel.
+    """
+    if side < 2:
+        return 0.0 if kernel > 1 else 1.0
+    pairs = [_taps(p, p + 1, side, kernel) for p in range(side - 1)]
+    singles = [_taps(p, p, side, kernel) for p in range(side)]
+    return (sum(pairs) / len(pairs)) / (sum(singles) / len(singles))
+
+
+def _taps(first: int, last: int, side: int, kernel: int) -> int:
+    """Taps of one axis that are on the map for every position from first to last."""
+    reach = (kernel - 1) // 2
+    return min(reach, side - 1 - last) + min(reach, first) + 1
+
+
 def taps_inside(side: int, kernel: int) -> float:
     """Share of the taps of a `kernel` x `kernel` 'same' convolution that are on the map."""
-    reach = (kernel - 1) // 2
-    taps = sum(
-        min(position + reach, side - 1) - max(position - reach, 0) + 1 for position in range(side)
-    )
+    taps = sum(_taps(position, position, side, kernel) for position in range(side))
     return (taps / (side * kernel)) ** 2
 
 

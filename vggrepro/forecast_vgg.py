@@ -16,6 +16,7 @@ from diagnostics.forecast import (
     measured_scales,
     propagate,
     taps_inside,
+    taps_shared,
 )
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters, standard_deviation
@@ -35,6 +36,8 @@ def chain_of(network: Network, init: str) -> tuple[ChainLayer, ...]:
             if isinstance(other, WeightLayer):
                 break
             behind.append(other)
+        side, kernel = sides.get(layer.name, 1), layer.kernel_shape[0]
+        dense = not layer.is_convolution
         normalised = any(isinstance(other, ResponseNormalization) for other in behind)
         chain.append(
             ChainLayer(
@@ -43,10 +46,9 @@ def chain_of(network: Network, init: str) -> tuple[ChainLayer, ...]:
                 fan_out=layer.fan_out,
                 std=standard_deviation(layer, init),
                 relu=layer.relu,
-                positions=sides[layer.name] ** 2 if layer.is_convolution else 1,
-                inside=taps_inside(sides[layer.name], layer.kernel_shape[0])
-                if layer.is_convolution
-                else 1.0,
+                positions=side**2,
+                inside=1.0 if dense else taps_inside(side, kernel),
+                shared=1.0 if dense else taps_shared(side, kernel),
                 pool=any(isinstance(other, PoolLayer) for other in behind),
                 rescale=_normalised_moment if normalised else None,
             )
