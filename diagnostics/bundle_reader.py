@@ -59,7 +59,7 @@ class BundleReader:
             raise refused(self._file, f"it holds {shown} twice")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
             raise refused(self._file, f"{shown} is not a plain file")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        if entry.compress_type != zipfile.ZIP_STORED:
             raise refused(self._file, f"{shown} is compressed")
         if entry.flag_bits & 0x1:
             raise refused(self._file, f"{shown} is encrypted")

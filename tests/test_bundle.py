@@ -31,7 +31,11 @@ BATCH = {"images": np.ones((2, 3), np.float32), "example_ids": np.array([3, 5], 
 
 def make_run(path: Path) -> Path:
     config = {"data": DATA, "arch": "A", "lr": 0.01}
-    manifest = {"status": "stopped_by_guard", "parent_run": "/home/alice/runs/first"}
+    manifest = {
+        "status": "stopped_by_guard",
+        "parent_run": "/home/alice/runs/first",
+        "note": "work/bobby/runs, by bobby@host",
+    }
     with RunDirectory.create(path, config, manifest) as run:
         run.telemetry.start(["loss"], 0)
         for step in range(STEP):
@@ -104,10 +108,20 @@ def test_the_file_is_stored_plain_and_the_same_each_time(bundle, run_directory, 
     assert list(tmp_path.iterdir()) == [tmp_path / "again"]
 
 
-def test_the_users_name_is_left_out(run_directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("getpass.getuser", lambda: "alice")
+def test_the_users_name_is_left_out(bundle, run_directory, tmp_path, monkeypatch):
+    assert b"bobby" in bundle.read_bytes(), "the name of another user is no secret"
+    monkeypatch.setattr("getpass.getuser", lambda: "bobby")
     write_bundle(tmp_path / "file", run_directory, STEP)
-    assert b"alice" not in (tmp_path / "file").read_bytes()
+    assert b"bobby" not in (tmp_path / "file").read_bytes()
+
+
+@pytest.mark.parametrize("user", ["root", "al", "caffe"])
+def test_a_setting_that_is_also_a_user_stays(user, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: user)
+    assert Scrubber().value({"momentum_form": "caffe", "at": "a/root al/b"}) == {
+        "momentum_form": "caffe",
+        "at": "a/root al/b",
+    }
 
 
 def test_a_bundle_above_the_limit_names_what_is_large(run_directory, tmp_path):
