@@ -162,7 +162,11 @@ def _overwritten(series: _Series, telemetry: Telemetry) -> bool:
 
 
 def _as_onset(rise: _Rise) -> Onset:
-    series = rise.series
-    steps = max(1, series.values.size - 1 - rise.first)
+    series, bits = rise.series, _bits(rise.series)
+    # Weights overwritten before the last step are compared with those of the step before.
+    start = min(rise.first, bits.size - 2)
+    overflowed = np.flatnonzero(~np.isfinite(series.values[start + 1 :]))
+    end = start + 1 + int(overflowed[0]) if overflowed.size else bits.size - 1
+    growth = 2.0 ** ((float(bits[end]) - float(bits[start])) / (end - start))
     value = float(series.values[rise.first])
-    return Onset(rise.step, series.layer, series.quantity, value, 2.0 ** (rise.bits / steps))
+    return Onset(rise.step, series.layer, series.quantity, value, growth)

@@ -99,16 +99,21 @@ def kernels(spec: Sequence[tuple[str, int]], std: float | None) -> dict[str, Ten
     }
 
 
+def _single(values: Sequence[float]) -> np.ndarray:
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, as recorded
+        return np.asarray(values).astype(np.float32)
+
+
 def telemetry(columns: Mapping[str, Sequence[float]]) -> Telemetry:
     """Rows from columns; '<layer>/peak' fills preactivation_max and preactivation_min."""
     full: dict[str, np.ndarray] = {}
     for name, values in columns.items():
         layer, _, kind = name.rpartition("/")
         if kind == "peak":
-            full[f"{layer}/preactivation_max"] = np.asarray(values, np.float32)
-            full[f"{layer}/preactivation_min"] = -np.asarray(values, np.float32)
+            full[f"{layer}/preactivation_max"] = _single(values)
+            full[f"{layer}/preactivation_min"] = -_single(values)
         else:
-            full[name] = np.asarray(values, np.float32)
+            full[name] = _single(values)
     rows = np.stack(list(full.values()), axis=1)
     return Telemetry(np.arange(len(rows)), tuple(full), rows)
 

@@ -1,0 +1,158 @@
+"""Runs that do not learn or run away while finite, recorded and live."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from evidence_samples import VGG_A, facts, quiet, telemetry
+
+from diagnostics.protocol import RunFacts, Telemetry
+from diagnostics.stall import StallWatch, detect_divergence, detect_stall, stall_signals
+
+CHANCE = math.log(10)
+
+
+def plateau(steps: int, leaves: int | None = None) -> Telemetry:
+    """A loss at that of guessing, noisy; from step `leaves` on it falls."""
+    columns = quiet(steps)
+    noise = np.random.default_rng(1).normal(0, 0.02, steps)
+    fall = 0.0 if leaves is None else 0.004 * np.maximum(np.arange(steps) - leaves, 0)
+    columns["loss"] = CHANCE + noise - fall
+    return telemetry(columns)
+
+
+def faint(recorded: Telemetry, factor: float = 1e-6) -> Telemetry:
+    rows = recorded.rows.copy()
+    for index, name in enumerate(recorded.columns):
+        if "preactivation" in name and name.startswith("predictions"):
+            rows[:, index] *= factor
+    return Telemetry(recorded.steps, recorded.columns, rows)
+
+
+def dead_from(recorded: Telemetry, layer: str, step: int) -> Telemetry:
+    rows = recorded.rows.copy()
+    rows[step:, recorded.columns.index(f"{layer}/preactivation_max")] = -0.1
+    return Telemetry(recorded.steps, recorded.columns, rows)
+
+
+def watched(recorded: Telemetry, run_facts: RunFacts) -> list[tuple[int, str]]:
+    watch = StallWatch(run_facts)
+    found = []
+    for step, row in zip(recorded.steps, recorded.rows, strict=True):
+        named = dict(zip(recorded.columns, row.tolist(), strict=True))
+        text = watch.warning(int(step), named)
+        if text is not None:
+            found.append((int(step), text))
+    return found
+
+
+def test_a_healthy_start_at_chance_is_no_stall():
+    """The demo stays near ln 10 for 120 steps before it learns."""
+    assert detect_stall(plateau(100), facts()) is None
+    assert detect_stall(plateau(600, leaves=120), facts()) is None
+    assert watched(plateau(600, leaves=120), facts()) == []
+
+
+def test_no_signal_at_the_output_is_a_stall_with_numbers():
+    recorded = faint(plateau(60))
+    text = detect_stall(recorded, facts())
+    assert "60 steps" in text and "2.303" in text
+    assert (
+        "predictions" in text and f"{stall_signals(recorded, facts()).output_scale:.1e}"[:3] in text
+    )
+
+
+def test_live_warning_comes_once_after_a_hundred_steps():
+    warnings = watched(faint(plateau(400)), facts())
+    assert [step for step, _ in warnings] == [99]
+    assert "signal at the output" in warnings[0][1] and "its gradient" in warnings[0][1]
+
+
+def test_live_watch_starts_anew_when_the_loss_left_and_came_back():
+    recorded = faint(plateau(260))
+    loss = recorded.columns.index("loss")
+    recorded.rows[60:120, loss] = 1.0
+    assert watched(recorded, facts())[0][0] > 200
+
+
+def test_dead_layer_is_named_with_its_step():
+    recorded = dead_from(plateau(300), "fc1", 50)
+    signals = stall_signals(recorded, facts())
+    assert signals.dead_layers == ("fc1",) and signals.dead_since == 50
+    assert "fc1" in detect_stall(recorded, facts()) and "dead" in detect_stall(recorded, facts())
+
+
+def test_the_output_layer_is_never_a_dead_relu():
+    recorded = dead_from(plateau(100), "predictions", 0)
+    assert stall_signals(recorded, facts()).dead_layers == ()
+
+
+def test_updates_that_change_nothing_are_a_stall():
+    columns = quiet(60)
+    columns["loss"] = np.full(60, CHANCE)
+    for name, _ in VGG_A:
+        columns[f"{name}/update_ratio"] *= 1e-5
+    assert "an update changes no layer" in detect_stall(telemetry(columns), facts())
+
+
+def test_long_plateau_is_a_stall_without_another_reason():
+    text = detect_stall(plateau(400), facts())
+    assert text.startswith("In 400 steps the loss never left the loss of guessing")
+
+
+def test_a_loss_that_left_once_is_no_stall():
+    recorded = faint(plateau(400))
+    recorded.rows[100:160, recorded.columns.index("loss")] = 1.5
+    assert detect_stall(recorded, facts()) is None
+
+
+def test_without_the_loss_of_guessing_only_a_reason_makes_a_stall():
+    columns = quiet(400)
+    columns["loss"] = np.full(400, 5.0)
+    regression = facts(classes=None, chance_loss=None, loss="mse")
+    assert detect_stall(telemetry(columns), regression) is None
+    columns["grad_norm"] = np.zeros(400)
+    assert "its first value, 5" in detect_stall(telemetry(columns), regression)
+    assert watched(telemetry(columns), regression) == []
+
+
+def test_finite_runaway_is_divergence():
+    columns = quiet(30)
+    columns["loss"][15:] *= 1e3
+    text = detect_divergence(telemetry(columns), facts())
+    assert "ran away" in text and "loss of guessing" in text
+
+
+def test_survived_spike_is_no_divergence():
+    columns = quiet(30)
+    columns["loss"][10:20] *= 1e4
+    assert detect_divergence(telemetry(columns), facts()) is None
+
+
+def test_loss_without_lower_bound_runs_away_downwards():
+    loss = -np.geomspace(1.0, 1e5, 50)
+    unknown = facts(classes=None, chance_loss=None)
+    assert detect_divergence(telemetry({"loss": loss}), unknown) is not None
+
+
+def test_runaway_gradient_is_divergence():
+    columns = quiet(30)
+    columns["grad_norm"][20:] *= 1e9
+    assert "gradient norm" in detect_divergence(telemetry(columns), facts())
+
+
+def test_healthy_run_and_nan_are_no_divergence():
+    assert detect_divergence(telemetry(quiet(50)), facts()) is None
+    columns = quiet(50)
+    columns["loss"][-1] = np.nan
+    assert detect_divergence(telemetry(columns), facts()) is None
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 29])
+def test_short_runs_say_nothing(steps):
+    recorded = faint(plateau(30))
+    short = Telemetry(recorded.steps[:steps], recorded.columns, recorded.rows[:steps])
+    assert detect_stall(short, facts()) is None
+    assert detect_divergence(short, facts()) is None
