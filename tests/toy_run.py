@@ -30,7 +30,16 @@ from toy_step import (
 
 from diagnostics import guard
 from diagnostics.guard import Forward, GuardLayout
-from diagnostics.protocol import Batch, Change, LayerFacts, RunFacts, State, StepOutcome, Telemetry
+from diagnostics.protocol import (
+    Batch,
+    Change,
+    Check,
+    LayerFacts,
+    RunFacts,
+    State,
+    StepOutcome,
+    Telemetry,
+)
 
 __all__ = ["CLASSES", "LAYERS", "Fault", "ToyConfig", "ToyProgram", "ToyRun", "toy_batch"]
 
@@ -228,6 +237,12 @@ class ToyRun:
             program.load(state)
         return state
 
+    def incident_step(self) -> int | None:
+        return self.stopped_at
+
+    def recorded_failures(self) -> tuple[Check, ...]:
+        return self.outcome.failed if self.outcome and self.stopped_at is not None else ()
+
     def telemetry(self) -> Telemetry:
         rows = np.array(self._rows, np.float32).reshape(-1, len(COLUMNS))
         return Telemetry(np.arange(len(rows)), COLUMNS, rows)
@@ -278,6 +293,12 @@ class ToyRun:
 
     def command(self, change: Change) -> str:
         return f"toy train --{change.kind.replace('_', '-')} {change.value}"
+
+    def environment(self) -> Mapping[str, Any]:
+        return {"tensorflow": tf.__version__}
+
+    def conditions(self) -> Sequence[str]:
+        return []
 
 
 def toy_facts(config: ToyConfig) -> RunFacts:
