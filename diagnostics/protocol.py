@@ -160,6 +160,10 @@ class Program(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Frees what it holds on the device; it may be loaded again."""
+        ...
+
 
 class ReplayableRun(Protocol):
     """A run as the diagnosis sees it."""

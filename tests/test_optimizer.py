@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vggrepro.config import TrainConfig
-from vggrepro.optimizer import MomentumSGD, PlateauSchedule, learning_rate
+from vggrepro.optimizer import MomentumSGD, PlateauSchedule, RateSettings, learning_rate
 
 RATES = [0.1, 0.1, 0.01, 0.05]
 
@@ -77,18 +77,18 @@ def test_the_bound_is_above_the_new_state(values, rate, form):
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
-    config = TrainConfig(lr=0.4, warmup_steps=4)
+    settings = RateSettings(0.4, 4.0, 0.1)
     rates = [
-        float(learning_rate(config, tf.constant(step, tf.int64), tf.constant(0)))
+        float(learning_rate(settings, tf.constant(step, tf.int64), tf.constant(0)))
         for step in range(6)
     ]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
 def test_each_drop_divides_the_rate_by_ten():
-    config = TrainConfig(lr=0.01)
+    settings = RateSettings(0.01, 0.0, 0.1)
     rates = [
-        float(learning_rate(config, tf.constant(9, tf.int64), tf.constant(d))) for d in range(4)
+        float(learning_rate(settings, tf.constant(9, tf.int64), tf.constant(d))) for d in range(4)
     ]
     assert rates == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5], rel=1e-5)
 

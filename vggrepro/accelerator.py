@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import tensorflow as tf
@@ -28,6 +29,8 @@ def prepare(config: TrainConfig) -> str:
             "Use --precision float32 or bfloat16",
         )
     tf.config.experimental.enable_op_determinism()
+    # Replays compile many steps on purpose; TensorFlow would warn of "retracing".
+    tf.get_logger().setLevel(logging.ERROR)
     gpus = tf.config.list_physical_devices("GPU")
     if gpus and config.strategy == "auto":
         details = tf.config.experimental.get_device_details(gpus[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -114,20 +115,29 @@ class MomentumSGD:
         return weight_norm + tf.maximum(learning_rate, 1.0) * moved
 
 
-def learning_rate(config: TrainConfig, step: tf.Tensor, drops: tf.Tensor) -> tf.Tensor:
+class RateSettings(NamedTuple):
+    """What the learning rate follows from besides the state.
+
+    Scalars or tensors: a replay at another rate or warm-up need not be compiled anew.
+    """
+
+    base: float | tf.Tensor
+    warmup_steps: float | tf.Tensor
+    drop_factor: float
+
+
+def learning_rate(settings: RateSettings, step: tf.Tensor, drops: tf.Tensor) -> tf.Tensor:
     """float32 rate of a step: base * factor^drops, under a linear warm-up.
 
-    The warm-up rises from lr/warmup_steps at step 0 to lr at step
+    The warm-up rises from base/warmup_steps at step 0 to base at step
     warmup_steps - 1.
 
     Args:
       step, drops: integer scalars, part of the state.
     """
-    rate = config.lr * tf.pow(tf.constant(config.lr_drop_factor), tf.cast(drops, tf.float32))
-    if config.warmup_steps:
-        ramp = (tf.cast(step, tf.float32) + 1.0) / float(config.warmup_steps)
-        rate = rate * tf.minimum(1.0, ramp)
-    return rate
+    rate = settings.base * tf.pow(settings.drop_factor, tf.cast(drops, tf.float32))
+    done = tf.cast(step, tf.float32) + 1.0
+    return rate * tf.minimum(1.0, done / tf.maximum(1.0, settings.warmup_steps))
 
 
 @dataclass(frozen=True)

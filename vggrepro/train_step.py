@@ -7,6 +7,7 @@ the gated update; the trainer and the replay run this same compiled function.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from diagnostics.guard import Forward, GuardLayout, StepResult
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import Dropout, Network, forward
-from vggrepro.optimizer import MomentumSGD, PlateauSchedule, learning_rate
+from vggrepro.optimizer import MomentumSGD, PlateauSchedule, RateSettings, learning_rate
 from vggrepro.rng import STREAM_DROPOUT, seed_pair
 
 State = dict[str, np.ndarray]
@@ -139,6 +140,8 @@ class TrainStep:
             name: tf.Variable(value, trainable=False, name=name.replace("/", "_"))
             for name, value in start.items()
         }
+        self._rate = tf.Variable([0.0, 0.0], trainable=False)
+        self.reconfigure(config)
         self._refused = tf.Variable(NOT_REFUSED, dtype=tf.int64, trainable=False)
         self._names = tuple(network.parameter_shapes())
         self._compiled = tf.function(self._step, jit_compile=False, autograph=False)
@@ -147,6 +150,17 @@ class TrainStep:
         """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
         applied, passed, telemetry = self._compiled(images, labels)
         return StepResult(bool(applied), passed.numpy(), telemetry.numpy())
+
+    def reconfigure(self, config: TrainConfig) -> None:
+        """Takes another learning rate, warm-up, initialiser or schedule without a compilation.
+
+        Raises:
+          ValueError: something else differs, which is compiled into the step.
+        """
+        if compiled_part(config) != compiled_part(self.config):
+            raise ValueError("this configuration needs a step compiled anew")
+        self.config = config
+        self._rate.assign([config.lr, float(config.warmup_steps)])
 
     def state(self) -> State:
         """The state as named arrays: parameters, momentum, schedule, counters."""
@@ -233,7 +247,7 @@ class TrainStep:
             phase=phase,
         )
         phase("update")
-        rate = learning_rate(self.config, step, self.variables["schedule/drops"].read_value())
+        rate = self._learning_rate(step)
         scale = self._optimizer.clip_scale(guard.exact_norm(core.gradients))
         for name, gradient in zip(self._names, core.gradients, strict=True):
             with tf.name_scope(name.partition("/")[0]):
@@ -248,7 +262,7 @@ class TrainStep:
         self, core: CoreResult, step: tf.Tensor, rows: int
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """(applied, passed, telemetry); writes the new state only if all is finite."""
-        rate = learning_rate(self.config, step, self.variables["schedule/drops"].read_value())
+        rate = self._learning_rate(step)
         gradients = dict(zip(self._names, core.gradients, strict=True))
         by_layer = [core.gradients[i : i + 2] for i in range(0, len(core.gradients), 2)]
         gradient_norms = tf.sqrt(guard.squares(by_layer))
@@ -301,6 +315,11 @@ class TrainStep:
             axis=0,
         )
         return applied, passed, telemetry
+
+    def _learning_rate(self, step: tf.Tensor) -> tf.Tensor:
+        base, warmup = tf.unstack(self._rate.read_value())
+        settings = RateSettings(base, warmup, self.config.lr_drop_factor)
+        return learning_rate(settings, step, self.variables["schedule/drops"].read_value())
 
     def _write(
         self, gradients: Mapping[str, tf.Tensor], rate: tf.Tensor, global_norm: tf.Tensor
@@ -358,6 +377,20 @@ class TrainStep:
         weight_norms = tf.stack([guard.exact_norm(group) for group in weights])
         velocity_norms = tf.stack([guard.exact_norm(group) for group in velocities])
         return applied, passed, norms, weight_norms, velocity_norms, global_norm
+
+
+def compiled_part(config: TrainConfig) -> TrainConfig:
+    """The configuration with everything blanked that the compiled step does not hold."""
+    return dataclasses.replace(
+        config,
+        lr=1.0,
+        warmup_steps=0,
+        init="normal:1",
+        lr_drops=0,
+        plateau_patience=1,
+        data="",
+        steps=1,
+    )
 
 
 def initial_state(config: TrainConfig, network: Network) -> State:

@@ -1,0 +1,283 @@
+"""A VGG run directory as the diagnosis sees it: `ReplayableRun` and `Program`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from diagnostics.errors import InputError
+from diagnostics.incident import Incident, read_incident
+from diagnostics.protocol import (
+    Batch,
+    Change,
+    Check,
+    LayerFacts,
+    RunFacts,
+    State,
+    StepOutcome,
+    Telemetry,
+)
+from diagnostics.snapshot import hash_arrays
+from vggrepro import accelerator, counterfactual_changes
+from vggrepro.config import TrainConfig
+from vggrepro.config_options import command_line
+from vggrepro.data_source import DataSource, open_data
+from vggrepro.environment import describe_environment, differences
+from vggrepro.model import Network, build_network
+from vggrepro.run_directory import RunDirectory
+from vggrepro.train_step import TrainStep, compiled_part, initial_state
+
+if TYPE_CHECKING:
+    from diagnostics.op_trace import OpTrace
+
+
+class VggRun:
+    """One run directory, read only; implements `diagnostics.protocol.ReplayableRun`.
+
+    Raises:
+      InputError: not a run directory, or its configuration cannot be read.
+      SnapshotDamaged: the incident's files do not match their hashes.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._directory = RunDirectory.open(run_dir)
+        self.name = str(run_dir)
+        self.config = TrainConfig.from_dict(self._directory.config())
+        accelerator.prepare(self.config)
+        self._manifest = self._directory.manifest()
+        self.network = _network(self.config)
+        incidents = self._directory.incidents()
+        self._incident: Incident | None = read_incident(incidents[-1]) if incidents else None
+        self.facts = _facts(self.config, self._manifest)
+        self._data, self._data_error = self._open_data()
+        self._spare_steps: list[TrainStep] = []
+
+    def incident_step(self) -> int | None:
+        return self._incident.step if self._incident else None
+
+    def recorded_failures(self) -> tuple[Check, ...]:
+        if self._incident is None:
+            return ()
+        return tuple(Check(**check) for check in self._incident.record["failed_checks"])
+
+    def telemetry(self) -> Telemetry:
+        steps, columns, rows = self._directory.telemetry.read()
+        return Telemetry(steps, tuple(columns), rows)
+
+    def state_steps(self) -> Sequence[int]:
+        steps = {0, *self._directory.checkpoints()}
+        if self._incident is not None:
+            steps.add(self._incident.step)
+        return sorted(steps)
+
+    def state_before(self, step: int) -> State:
+        if self._incident is not None and step == self._incident.step:
+            return self._incident.state
+        if step == 0:
+            return self.start_state()
+        checkpoint = self._directory.latest_checkpoint(at_most=step)
+        if checkpoint is None or checkpoint[0] != step:
+            raise InputError(f"checkpoint of step {step} of {self.name} cannot be read")
+        return checkpoint[1]
+
+    def start_state(self, change: Change | None = None) -> State:
+        config = counterfactual_changes.changed_config(self.config, change)
+        state = initial_state(config, self.network)
+        return counterfactual_changes.scaled_kernels(state, change)
+
+    def batch(self, step: int) -> Batch | None:
+        if self._incident is not None and step == self._incident.step:
+            return self._incident.batch
+        return self._rebuilt(step)
+
+    def example_names(self, batch: Batch) -> list[tuple[int, str]]:
+        ids = [int(example) for example in batch["example_ids"]]
+        if self._incident is not None and batch is self._incident.batch:
+            return list(zip(ids, self._incident.record["example_names"], strict=True))
+        if self._data is None:
+            return [(example, f"example {example}") for example in ids]
+        return [(example, self._data.training.name_of(example)) for example in ids]
+
+    def program(self, change: Change | None = None) -> VggProgram:
+        config = counterfactual_changes.changed_config(self.config, change)
+        return VggProgram(config, change, self._validation_errors(), self._spare_steps)
+
+    def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
+        return counterfactual_changes.candidates(self.config, self.facts, step, suspects)
+
+    def command(self, change: Change) -> str:
+        if change.kind in ("init_scale", "input_scale"):
+            return ""
+        return command_line(counterfactual_changes.changed_config(self.config, change))
+
+    def environment(self) -> Mapping[str, Any]:
+        return self._manifest.get("environment", {})
+
+    def conditions(self) -> Sequence[str]:
+        found = list(differences(self.environment(), describe_environment()))
+        if self._data is None:
+            found.append(f"the data is gone ({self._data_error}); the captured batch stands in")
+        elif self._incident is not None:
+            rebuilt = self._rebuilt(self._incident.step)
+            if rebuilt is None or hash_arrays(rebuilt) != hash_arrays(self._incident.batch):
+                found.append(
+                    "the batch rebuilt from (seed, step) is not the captured one, bit for bit: "
+                    "the data or its preprocessing has changed since"
+                )
+        recorded = self._manifest.get("initial_weights_sha256")
+        if recorded is not None and recorded != self._initial_weights_hash():
+            found.append("the initial weights drawn from the seed are not the recorded ones")
+        return found
+
+    def _validation_errors(self) -> dict[int, float]:
+        """Completed steps -> top-1 error, of the validations that steer the rate."""
+        return {
+            record["step"] + 1: record["val_top1_error"]
+            for record in self._directory.metrics()
+            if "val_top1_error" in record
+            and self.config.eval_every
+            and (record["step"] + 1) % self.config.eval_every == 0
+        }
+
+    def _initial_weights_hash(self) -> str:
+        state = self.start_state()
+        prefix = "params/"
+        weights = {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+        return hash_arrays(weights)
+
+    def _open_data(self) -> tuple[DataSource | None, str]:
+        try:
+            return open_data(self.config, lambda text: None, self._manifest["data"]), ""
+        except InputError as error:
+            return None, error.message
+
+    def _rebuilt(self, step: int) -> Batch | None:
+        if self._data is None:
+            return None
+        try:
+            batch = self._data.training.batch(step)
+        except tf.errors.OpError as error:
+            raise self._data.explain(step, error) from error
+        return {name: tensor.numpy() for name, tensor in batch.items()}
+
+
+class VggProgram:
+    """The compiled step of a configuration; implements `diagnostics.protocol.Program`.
+
+    Args:
+      change: a change of data is applied to every batch; others are already in
+        `config`.
+      validation_errors: top-1 errors by completed steps, as recorded; they drive
+        the learning rate's plateau rule, so that no validation is run again.
+      spare: compiled steps that released programs left; one is taken if it fits.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        change: Change | None,
+        validation_errors: Mapping[int, float],
+        spare: list[TrainStep],
+    ) -> None:
+        self._config, self._change = config, change
+        self._validation_errors = validation_errors
+        self._spare = spare
+        self._network = _network(config)
+        self._step: TrainStep | None = None
+
+    def load(self, state: State) -> None:
+        if self._step is None:
+            self._step = self._taken_over()
+        if self._step is None:
+            with tf.device(accelerator.device_name(self._config)):
+                self._step = TrainStep(self._config, self._network, state)
+        else:
+            self._step.load(state)
+
+    def state(self) -> State:
+        return self._loaded().state()
+
+    def run(self, batch: Batch, step: int) -> StepOutcome:
+        compiled = self._loaded()
+        if step in self._validation_errors:
+            compiled.record_validation(step, self._validation_errors[step])
+        result = compiled(*self._fed(batch))
+        names = compiled.layout
+        failed = [c for c, ok in zip(names.checks(), result.passed, strict=True) if not ok]
+        telemetry = dict(zip(names.columns(), result.telemetry.tolist(), strict=True))
+        return StepOutcome(result.applied, tuple(failed), telemetry)
+
+    def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
+        self._loaded().run_op_by_op(*self._fed(batch), tracer.phase)
+
+    def release(self) -> None:
+        """Gives the compiled step away; the program needs a new `load` then.
+
+        Only one is kept spare: at full width its state takes a gigabyte.
+        """
+        if self._step is not None:
+            self._spare[:] = [self._step]
+        self._step = None
+
+    def _taken_over(self) -> TrainStep | None:
+        if self._spare and compiled_part(self._spare[0].config) == compiled_part(self._config):
+            step = self._spare.pop()
+            step.reconfigure(self._config)
+            return step
+        return None
+
+    def _loaded(self) -> TrainStep:
+        if self._step is None:
+            raise ValueError("load a state first")
+        return self._step
+
+    def _fed(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+        batch = counterfactual_changes.changed_batch(batch, self._change)
+        return tf.constant(batch["images"]), tf.constant(batch["labels"])
+
+
+def _network(config: TrainConfig) -> Network:
+    return build_network(
+        config.arch,
+        width=config.width,
+        image_size=config.image_size,
+        classes=config.classes,
+    )
+
+
+def _facts(config: TrainConfig, manifest: Mapping[str, Any]) -> RunFacts:
+    layers = tuple(
+        LayerFacts(
+            layer.name,
+            "conv" if layer.is_convolution else "dense",
+            f"params/{layer.name}/kernel",
+            layer.fan_in,
+            layer.fan_out,
+            "relu" if layer.relu else "linear",
+        )
+        for layer in _network(config).weight_layers
+    )
+    return RunFacts(
+        layers=layers,
+        learning_rate=config.lr,
+        warmup_steps=config.warmup_steps,
+        clip_norm=config.clip_norm,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        optimizer="momentum SGD",
+        precision=config.precision,
+        init=config.init,
+        loss="softmax cross-entropy",
+        classes=config.classes,
+        chance_loss=math.log(config.classes),
+        batch_size=config.batch_size,
+        input_kind="pixels",
+        extra={
+            "net": f"VGG-{config.arch}, width {config.width:g}, {config.image_size} px",
+            "parameters": f"{manifest.get('parameter_count', 0):,}",
+        },
+    )
