@@ -17,7 +17,7 @@ from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_story import Column, Headroom, columns
 from diagnostics.telemetry_view import scalar_column
 
-MOST_COLUMNS, _FEWEST_COLUMNS = 160, 80
+_MOST_COLUMNS, _FEWEST_COLUMNS = 160, 80
 _MOST_CELLS = 4000
 _FLAGS, _SPACE, _STEP_LABELS = 34.0, 32.0, 36.0
 _RIGHT, _NARROWEST = 64.0, 390.0
@@ -45,7 +45,7 @@ class Picture:
 def draw(diagnosis: Diagnosis, telemetry: Telemetry, facts: RunFacts, room: Headroom) -> Picture:
     """The whole picture of the recorded steps, of which there is at least one."""
     fitting = _MOST_CELLS // max(1, len(room.layers))
-    most = min(MOST_COLUMNS, max(_FEWEST_COLUMNS, fitting))
+    most = min(_MOST_COLUMNS, max(_FEWEST_COLUMNS, fitting))
     axis = Axis(tuple(columns(telemetry, diagnosis, most)), telemetry.steps)
     parts: list[Markup] = []
     top = _FLAGS

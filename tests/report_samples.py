@@ -6,6 +6,7 @@ sigma = 0.1; the others are invented.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -272,3 +273,46 @@ SAMPLES = {
     "unknown": unknown,
     "exploding": exploding,
 }
+
+
+def changed(sample: Sample, **changes: object) -> Sample:
+    """The sample with other fields in its diagnosis."""
+    return sample._replace(diagnosis=dataclasses.replace(sample.diagnosis, **changes))
+
+
+def with_names(sample: Sample, name: str) -> Sample:
+    """The sample with this text wherever data decides."""
+    diagnosis = sample.diagnosis
+    assert diagnosis.first_nonfinite is not None and diagnosis.onset is not None
+    first = dataclasses.replace(
+        diagnosis.first_nonfinite,
+        layer=name,
+        op=name,
+        source=name,
+        examples=(3,),
+        example_names=(name,),
+        inputs=tuple(
+            dataclasses.replace(one, name=name) for one in diagnosis.first_nonfinite.inputs
+        ),
+    )
+    layers = [f"layer {index} {name}" for index in range(11)]
+    absmax = np.ones((2, 11))
+    tried = tuple(
+        dataclasses.replace(one, change=name, note=name) for one in diagnosis.counterfactuals
+    )
+    return Sample(
+        dataclasses.replace(
+            diagnosis,
+            run_dir=name,
+            first_nonfinite=first,
+            onset=dataclasses.replace(diagnosis.onset, layer=name, quantity=name),
+            cause=Cause("data", 0.5, (name,)),
+            counterfactuals=tried,
+            recommendation=Recommendation(f"train {name}", True, name),
+            notes=(name,),
+            environment={name: {name: [name]}},
+            seconds={name: 1.0},
+        ),
+        telemetry([1.0, 2.0], [1.0, 2.0], absmax, layers),
+        facts(layers, init=name, optimizer=name, loss=name, extra={name: name}),
+    )
