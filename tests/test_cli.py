@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,11 +82,13 @@ def test_light_commands_do_not_import_tensorflow(arguments):
 
 def test_help_answers_in_half_a_second():
     def seconds() -> float:
-        start = time.perf_counter()
+        # Processor time: other work on the machine must not fail this.
+        before = os.times()
         run_python(RUN_MAIN, "--help")
-        return time.perf_counter() - start
+        after = os.times()
+        return sum(after[2:4]) - sum(before[2:4])
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    assert 0 < min(seconds() for _ in range(3)) < 0.5
 
 
 def test_help_names_the_paper_and_the_conflict_behind_init(capsys):
