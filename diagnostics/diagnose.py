@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from diagnostics.causes import Evidence, judge
 from diagnostics.counterfactual import Matrix, Plan, recommend
-from diagnostics.debugger_dump import dump_step
 from diagnostics.diagnosis import Cause, Counterfactual, Diagnosis, FirstNonfinite, Onset
 from diagnostics.errors import NothingToDiagnose
+from diagnostics.examine import Progress, no_progress
 from diagnostics.onset import find_onset
-from diagnostics.op_records import OpRecord
-from diagnostics.op_trace import OpTrace
 from diagnostics.protocol import (
     Batch,
     Change,
@@ -37,18 +33,12 @@ from diagnostics.replay import (
 )
 from diagnostics.stall import detect_divergence, detect_stall
 from diagnostics.tensor_stats import TensorStats, describe
-from diagnostics.trace import locate, trace_healthy
+from diagnostics.trace import locate
 
 DEFAULT_BUDGET = 180.0  # seconds for all counterfactuals together
 _MIN_MARGIN = 3  # steps that a fix must outlast the failing step by
 _USUAL_MARGIN = 8
 _STALL_STEPS = 300
-
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 def diagnose(
@@ -56,7 +46,7 @@ def diagnose(
     *,
     step: int | None = None,
     budget_seconds: float = DEFAULT_BUDGET,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> Diagnosis:
     """Replays, locates, dates, explains, and tests fixes.
 
@@ -75,48 +65,6 @@ def diagnose(
     if target is None:
         return _unhealthy_without_incident(run, budget_seconds, progress)
     return _Session(run, target, budget_seconds, progress).failure()
-
-
-@dataclass(frozen=True)
-class HealthyStep:
-    """A replayed step in which every value is finite.
-
-    Attributes:
-      differences: from the recorded telemetry; empty if bit-identical.
-      records: every op, in order of execution.
-    """
-
-    step: int
-    outcome: StepOutcome
-    differences: tuple[str, ...]
-    records: tuple[OpRecord, ...]
-
-
-def examine(run: ReplayableRun, step: int, progress: Progress = _silent) -> HealthyStep | None:
-    """Replays any step op by op; None if it is not healthy (then `diagnose` it).
-
-    Raises:
-      InputError: the state or batch of the step cannot be had.
-    """
-    state = state_at(run, step, lambda now, _: progress("rewinding", now, step))
-    batch = needed_batch(run, step)
-    progress("replay", 0, 0)
-    program = run.program()
-    found = reproduce(run, program, state, batch, step)
-    if not found.outcome.applied:
-        return None
-    program.load(state)
-    records = trace_healthy(run, program, batch, step)
-    return HealthyStep(step, found.outcome, found.differences, tuple(records))
-
-
-def dump(run: ReplayableRun, step: int, directory: Path) -> None:
-    """Leaves a TensorBoard Debugger V2 dump of one step in `directory`."""
-    program = run.program()
-    program.load(state_at(run, step))
-    batch = needed_batch(run, step)
-    dump_step(directory, lambda: program.trace(batch, step, OpTrace()))
-    program.release()
 
 
 def _unhealthy_without_incident(

@@ -13,7 +13,8 @@ from diagnostics.errors import GuardFailure, InputError
 from diagnostics.guard import Forward
 from diagnostics.guard_self_test import self_test
 from diagnostics.snapshot import hash_arrays
-from vggrepro.train_step import CoreResult, TrainStep, true_class_rank
+from vggrepro.step_core import CoreResult, true_class_rank
+from vggrepro.train_step import TrainStep
 
 CONFIG = tiny_config(warmup_steps=0)
 NETWORK = tiny_network(CONFIG)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import tensorflow as tf
 
 from vggrepro.model import Network, forward
-from vggrepro.train_step import true_class_rank
+from vggrepro.step_core import true_class_rank
 
 
 class Evaluator:

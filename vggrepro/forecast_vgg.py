@@ -21,7 +21,7 @@ from diagnostics.forecast import (
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters, standard_deviation
 from vggrepro.model import Network, PoolLayer, ResponseNormalization, WeightLayer, forward
-from vggrepro.train_step import cross_entropy
+from vggrepro.step_core import cross_entropy
 
 
 def chain_of(network: Network, init: str) -> tuple[ChainLayer, ...]:

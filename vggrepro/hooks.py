@@ -6,7 +6,7 @@ arrived. A hook reads; nothing that it returns goes back into the training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -46,3 +46,20 @@ class Hook:
 
     def on_end(self, result: Any) -> None:
         """The training is over (finished or interrupted); `result` is its TrainResult."""
+
+
+class Announcer:
+    """Speaks to every hook."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self.hooks = tuple(hooks)
+
+    def info(self, text: str) -> None:
+        self._message("info", text)
+
+    def warning(self, text: str) -> None:
+        self._message("warning", text)
+
+    def _message(self, level: str, text: str) -> None:
+        for hook in self.hooks:
+            hook.on_message(level, text)

@@ -1,15 +1,14 @@
 """The training step: (state, batch, seed) -> (state, metrics), guarded.
 
-`loss_and_gradients` is the pure core: tensors in, tensors out, no variables.
-`TrainStep` holds the state on the device and wraps the core in the tripwire and
-the gated update; the trainer and the replay run this same compiled function.
+`TrainStep` holds the state on the device and wraps the pure core (`step_core`) in
+the tripwire and the gated update; the trainer and the replay run this same
+compiled function.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -19,102 +18,13 @@ from diagnostics.errors import InputError
 from diagnostics.guard import Forward, GuardLayout, StepResult
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters
-from vggrepro.model import Dropout, Network, forward
+from vggrepro.model import Dropout, Network
 from vggrepro.optimizer import MomentumSGD, PlateauSchedule, RateSettings, learning_rate
 from vggrepro.rng import STREAM_DROPOUT, seed_pair
+from vggrepro.step_core import CoreResult, loss_and_gradients
 
 State = dict[str, np.ndarray]
 NOT_REFUSED = -1
-
-
-class CoreResult(NamedTuple):
-    """What the pure core computes for its rows of the global batch.
-
-    Attributes:
-      gradients: of the data loss (no L2), in the order of the parameters.
-      top1, top5: float32, examples classified right.
-    """
-
-    forward: Forward
-    gradients: list[tf.Tensor]
-    top1: tf.Tensor
-    top5: tf.Tensor
-
-
-def loss_and_gradients(
-    network: Network,
-    parameters: Mapping[str, tf.Tensor],
-    images: tf.Tensor,
-    labels: tf.Tensor,
-    *,
-    dropout: Dropout | None,
-    compute_dtype: tf.DType = tf.float32,
-    global_rows: int,
-    phase: Callable[[str], None] = lambda name: None,
-) -> CoreResult:
-    """Loss, gradients and what the tripwire needs: a pure function of tensors.
-
-    Args:
-      parameters: '<layer>/kernel' and '<layer>/bias', float32.
-      images: float32 [rows, side, side, 3]; labels: int32 [rows].
-      dropout: the masks of this step, or None.
-      compute_dtype: type of activations; the loss is float32.
-      global_rows: the loss is the sum over the rows divided by this, so that
-        the sum over replicas is the mean over the global batch.
-      phase: told 'forward', 'loss' and 'backward' as each begins.
-    """
-    phase("forward")
-    pair = guard.extremes(images)
-    seen: list[tf.Tensor] = []
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(list(parameters.values()))
-        logits = forward(
-            network,
-            parameters,
-            tf.cast(images, compute_dtype),
-            dropout=dropout,
-            observe=lambda layer, values: seen.append(guard.extremes(values)),
-        )
-        phase("loss")
-        loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)
-    phase("backward")
-    gradients = tape.gradient(loss, list(parameters.values()))
-    top1, top5 = _correct(logits, labels)
-    return CoreResult(Forward(pair, labels_valid, tf.stack(seen), loss), gradients, top1, top5)
-
-
-def cross_entropy(
-    logits: tf.Tensor, labels: tf.Tensor, classes: int, global_rows: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """(mean softmax cross-entropy, whether every label is in range).
-
-    A label out of range makes the loss NaN on every device; TensorFlow itself
-    raises on the CPU and is silent under XLA.
-    """
-    valid = tf.logical_and(labels >= 0, labels < classes)
-    per_example = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(valid, labels, 0), logits)
-    per_example = tf.where(valid, per_example, np.nan)
-    return tf.reduce_sum(per_example) / global_rows, tf.reduce_all(valid)
-
-
-def true_class_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """int32 [N]: how many classes come before the true one; 0 is a right top-1.
-
-    Equal logits rank by class number, so that a dead net scores at chance. With a
-    NaN logit of the true class the rank is beyond every class.
-    """
-    own = tf.gather(logits, tf.clip_by_value(labels, 0, logits.shape[1] - 1), batch_dims=1)
-    lower = tf.range(logits.shape[1])[tf.newaxis] < labels[:, tf.newaxis]
-    beaten = tf.logical_or(
-        ~(logits <= own[:, tf.newaxis]), tf.logical_and(lower, logits >= own[:, tf.newaxis])
-    )
-    rank = tf.reduce_sum(tf.cast(beaten, tf.int32), axis=1)
-    return tf.where(tf.math.is_nan(own), tf.int32.max, rank)
-
-
-def _correct(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    rank = true_class_rank(logits, labels)
-    return tuple(tf.reduce_sum(tf.cast(rank < k, tf.float32)) for k in (1, 5))
 
 
 class TrainStep:

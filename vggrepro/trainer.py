@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,12 +23,13 @@ from vggrepro.config import TrainConfig
 from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment
 from vggrepro.evaluation import Evaluator
-from vggrepro.hooks import Hook
+from vggrepro.hooks import Announcer, Hook
 from vggrepro.incident_report import save_incident
 from vggrepro.keras_export import save_weights
 from vggrepro.model import Network, build_network
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_metrics import StepMetrics
+from vggrepro.stop_request import StopRequest
 from vggrepro.train_step import State, TrainStep
 
 WEIGHTS_FILE = "final.weights.h5"
@@ -115,49 +114,6 @@ def _first_manifest(
     }
 
 
-class Announcer:
-    """Speaks to every hook."""
-
-    def __init__(self, hooks: Sequence[Hook]) -> None:
-        self.hooks = tuple(hooks)
-
-    def info(self, text: str) -> None:
-        self._message("info", text)
-
-    def warning(self, text: str) -> None:
-        self._message("warning", text)
-
-    def _message(self, level: str, text: str) -> None:
-        for hook in self.hooks:
-            hook.on_message(level, text)
-
-
-class _StopRequest:
-    """Ctrl-C and SIGTERM as a flag, so that a step is never cut in two.
-
-    A second signal has its usual effect. Outside the main thread, where Python
-    takes no signals, the flag stays down.
-    """
-
-    def __init__(self) -> None:
-        self.raised = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._raise)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _raise(self, number: int, frame: object) -> None:
-        self.raised = True
-        signal.signal(number, self._previous[number])
-
-
 class _Session:
     """One process's share of a run, from its first step to its end."""
 
@@ -192,7 +148,7 @@ class _Session:
             run.update_manifest(initial_weights_sha256=self._weights_hash())
         run.update_manifest(status="running", steps=self._now)
         try:
-            with _StopRequest() as stop:
+            with StopRequest() as stop:
                 self._start()
                 finished = self._loop(stop)
         except StoppedByGuard:
@@ -227,7 +183,7 @@ class _Session:
         for hook in self._announce.hooks:
             hook.on_start(self._run, self._config, self._now, info)
 
-    def _loop(self, stop: _StopRequest) -> bool:
+    def _loop(self, stop: StopRequest) -> bool:
         """True when the last step is done, False when told to stop before."""
         config = self._config
         batches = iter(self._data.training.stream(self._now))
@@ -290,7 +246,7 @@ class _Session:
             config=self._config,
         )
 
-    def _evaluate_if_due(self, stop: _StopRequest) -> bool:
+    def _evaluate_if_due(self, stop: StopRequest) -> bool:
         """Validates where the schedule or the end asks for it; False if told to stop."""
         config, now = self._config, self._now
         scheduled = now > 0 and config.eval_every > 0 and now % config.eval_every == 0

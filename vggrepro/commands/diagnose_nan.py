@@ -15,8 +15,8 @@ from diagnostics.errors import InputError, NotReproduced
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diagnostics.diagnose import HealthyStep
     from diagnostics.diagnosis import Diagnosis
+    from diagnostics.examine import HealthyStep
     from diagnostics.protocol import ReplayableRun
 
 DESCRIPTION = """\
@@ -83,7 +83,8 @@ def _diagnose_bundle(options: argparse.Namespace) -> int:
 
 
 def _diagnose(place: Path, reports: Path, options: argparse.Namespace) -> int:
-    from diagnostics.diagnose import diagnose, dump, examine
+    from diagnostics.diagnose import diagnose
+    from diagnostics.examine import dump, examine
     from vggrepro.replay_progress import ReplayProgress
 
     target = open_run(place, options.imports)
