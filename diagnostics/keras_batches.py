@@ -1,0 +1,142 @@
+"""Batches of a Keras fit: as named arrays, and the few that are kept.
+
+A batch stays on its device; keeping one is holding a reference. Only the batch
+of a refused step, and those kept for replays, are ever copied to the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from diagnostics.errors import InputError
+from diagnostics.protocol import Batch
+
+KEPT_BYTES = 64 << 20  # for the first batches of a fit, and as much again for the last
+FIRST_BATCHES, LAST_BATCHES = 1024, 8
+
+
+class KeptBatches:
+    """The first batches of a training and the last ones, bounded in bytes.
+
+    The first ones let a replay start at step 0; the last ones lead up to a failure.
+    """
+
+    def __init__(self, bound: int = KEPT_BYTES) -> None:
+        self._bound = bound
+        self._first: dict[int, Any] = {}
+        self._last: deque[tuple[int, Any, int]] = deque(maxlen=LAST_BATCHES)
+        self._first_bytes = 0
+
+    def add(self, step: int, data: Any) -> None:
+        """Holds a reference to the batch of a step; steps ascend by one from 0."""
+        size = _bytes(data)
+        room = len(self._first) < FIRST_BATCHES and self._first_bytes + size <= self._bound
+        if room and step == len(self._first):
+            self._first[step] = data
+            self._first_bytes += size
+            return
+        self._last.append((step, data, size))
+        while len(self._last) > 1 and sum(kept for _, _, kept in self._last) > self._bound:
+            self._last.popleft()
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        """(step, batch as Keras fed it), ascending."""
+        yield from self._first.items()
+        yield from ((step, data) for step, data, _ in self._last)
+
+    def arrays(self) -> Batch:
+        """Host copies of all of them, as '<step>:<name>'."""
+        return {
+            f"{step}:{name}": array
+            for step, data in self.items()
+            for name, array in flatten_batch(data)[0].items()
+        }
+
+
+def batches_of(arrays: Batch) -> dict[int, Batch]:
+    """Batches by step, from what `KeptBatches.arrays` made."""
+    found: dict[int, Batch] = {}
+    for key, array in arrays.items():
+        step, _, name = key.partition(":")
+        found.setdefault(int(step), {})[name] = array
+    return dict(sorted(found.items()))
+
+
+def flatten_batch(data: Any) -> tuple[Batch, Any]:
+    """Named host arrays of a batch, and its structure with names for the leaves.
+
+    `inputs`, `labels` and `sample_weight`, followed by '/<path>' where there are
+    several. Parts of one batch that went to several replicas are put together.
+    The structure is JSON: see `unflatten_batch`.
+    """
+    arrays: Batch = {}
+    parts = keras.utils.unpack_x_y_sample_weight(data)
+    wrapped = isinstance(data, (tuple, list))
+    named = []
+    for name, part in zip(("inputs", "labels", "sample_weight"), parts, strict=True):
+        named.append(_encode(part, name, arrays))
+    structure = {"tuple": named[: len(data)]} if wrapped else named[0]
+    return arrays, structure
+
+
+def _encode(part: Any, name: str, arrays: Batch) -> Any:
+    """JSON of a structure; fills `arrays`."""
+    if part is None:
+        return None
+    if isinstance(part, dict):
+        return {"dict": {str(k): _encode(v, f"{name}/{k}", arrays) for k, v in part.items()}}
+    if isinstance(part, (list, tuple)):
+        kind = "tuple" if isinstance(part, tuple) else "list"
+        return {kind: [_encode(v, f"{name}/{i}", arrays) for i, v in enumerate(part)]}
+    if isinstance(part, tf.experimental.Optional):
+        return None  # how Keras carries an absent label through a dataset
+    arrays[name] = host_array(part)
+    return {"array": name}
+
+
+def unflatten_batch(structure: Any, arrays: Batch, leaf: Callable[[np.ndarray], Any]) -> Any:
+    """The batch in its own structure, with `leaf` applied to every array.
+
+    Raises:
+      InputError: an array of the structure is missing.
+    """
+    if structure is None:
+        return None
+    kind, content = next(iter(structure.items()))
+    if kind == "array":
+        if content not in arrays:
+            raise InputError(f"the saved batch lacks '{content}'")
+        return leaf(arrays[content])
+    if kind == "dict":
+        return {k: unflatten_batch(v, arrays, leaf) for k, v in content.items()}
+    items = [unflatten_batch(v, arrays, leaf) for v in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def host_array(value: Any) -> np.ndarray:
+    """A copy on the host of a tensor, dense, sparse or ragged, of one or more replicas."""
+    if isinstance(value, tf.distribute.DistributedValues):
+        parts = [host_array(part) for part in tf.distribute.get_strategy().unwrap(value)]
+        return np.concatenate([part for part in parts if part.shape[:1] != (0,)])
+    if isinstance(value, tf.SparseTensor):
+        value = tf.sparse.to_dense(value)
+    if isinstance(value, tf.RaggedTensor):
+        value = value.to_tensor()
+    array = np.array(value)
+    return array.astype("S") if array.dtype.kind == "O" else array
+
+
+def _bytes(data: Any) -> int:
+    """Bytes of the tensors of a batch; those without a known shape count as 1 MB."""
+    total = 0
+    for tensor in keras.tree.flatten(data):
+        shape = getattr(tensor, "shape", None)
+        known = shape is not None and getattr(shape, "rank", 0) is not None
+        total += int(np.prod(shape)) * tensor.dtype.size if known and shape is not None else 1 << 20
+    return total

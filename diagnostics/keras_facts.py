@@ -1,0 +1,133 @@
+"""The facts of a Keras model that the diagnosis asks for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from diagnostics.keras_names import LayerNames
+from diagnostics.protocol import LayerFacts, RunFacts
+
+_KINDS = {"Dense": "dense", "Conv1D": "conv", "Conv2D": "conv", "Conv3D": "conv"}
+_SPARSE = ("SparseCategoricalCrossentropy", "sparse_categorical_crossentropy")
+_CATEGORICAL = ("CategoricalCrossentropy", "categorical_crossentropy", *_SPARSE)
+_BINARY = ("BinaryCrossentropy", "binary_crossentropy")
+
+
+def facts_of(model: Any, layer_order: list[str], batch_size: int | None) -> RunFacts:
+    """Facts of a built and compiled model.
+
+    Args:
+      layer_order: labels in order of execution, as the first trace saw them.
+    """
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    loss = loss_name(model)
+    classes = _classes(model, loss)
+    return RunFacts(
+        layers=_layers(model, layer_order),
+        learning_rate=learning_rate(optimizer),
+        clip_norm=float(getattr(optimizer, "global_clipnorm", None) or 0.0),
+        momentum=_number(getattr(optimizer, "momentum", 0.0)) or 0.0,
+        weight_decay=float(getattr(optimizer, "weight_decay", None) or 0.0),
+        optimizer=type(optimizer).__name__,
+        optimizer_epsilon=_number(getattr(optimizer, "epsilon", None)),
+        precision=precision(model),
+        init=initialisers(model),
+        loss=loss,
+        classes=classes,
+        chance_loss=math.log(classes) if classes else None,
+        batch_size=batch_size,
+        extra={"net": f"{type(model).__name__} '{model.name}'"},
+    )
+
+
+def _layers(model: Any, order: list[str]) -> tuple[LayerFacts, ...]:
+    names = LayerNames(model)
+    known = {names.label(layer): layer for layer in names.layers()}
+    called = [label for label in dict.fromkeys(order) if label in known]
+    labels = called or list(known)
+    # A plain container computes nothing by itself.
+    plain = (keras.Sequential, keras.src.models.functional.Functional)
+    return tuple(_layer(n, known[n]) for n in labels if type(known[n]) not in plain)
+
+
+def _own_weights(layer: Any) -> list[Any]:
+    return list(layer._trainable_variables)
+
+
+def _layer(label: str, layer: Any) -> LayerFacts:
+    kind = _KINDS.get(type(layer).__name__, type(layer).__name__)
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", None) if callable(activation) else None
+    kernel = next((v for v in _own_weights(layer) if v.name in ("kernel", "embeddings")), None)
+    if kernel is None or len(kernel.shape) < 2:
+        return LayerFacts(label, kind, activation=name)
+    shape = [int(size) for size in kernel.shape]
+    receptive = int(np.prod(shape[:-2]))
+    return LayerFacts(
+        label,
+        kind,
+        f"params/{label}/{kernel.name}",
+        receptive * shape[-2],
+        receptive * shape[-1],
+        name,
+    )
+
+
+def learning_rate(optimizer: Any) -> float | None:
+    """The optimizer's rate now; None without optimizer."""
+    return None if optimizer is None else float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def precision(model: Any) -> str:
+    """The policy of the layers that compute: the one that is not float32, if there is one."""
+    names = [
+        layer.dtype_policy.name
+        for layer in model._flatten_layers(include_self=False, recursive=True)
+        if layer.weights
+    ]
+    special = [name for name in names if name != "float32"]
+    return special[0] if special else "float32"
+
+
+def initialisers(model: Any) -> str | None:
+    """The most common kernel initialiser, in Keras' words: 'TruncatedNormal(stddev=0.1)'."""
+    texts = []
+    for layer in model._flatten_layers(include_self=False, recursive=True):
+        initialiser = getattr(layer, "kernel_initializer", None)
+        if isinstance(initialiser, keras.initializers.Initializer):
+            config = {
+                k: v for k, v in initialiser.get_config().items() if k not in ("seed", "mean")
+            }
+            inside = ", ".join(f"{k}={v!r}" for k, v in config.items())
+            texts.append(f"{type(initialiser).__name__}({inside})")
+    return max(set(texts), key=texts.count) if texts else None
+
+
+def loss_name(model: Any) -> str:
+    """The loss as compiled: a class's or function's name, several joined by '+'."""
+    loss = getattr(model, "loss", None)
+    flat = [loss] if callable(loss) or isinstance(loss, str) else keras.tree.flatten(loss)
+    names = [
+        one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
+        for one in flat
+        if one is not None
+    ]
+    return "+".join(dict.fromkeys(names))
+
+
+def _classes(model: Any, loss: str) -> int | None:
+    """Classes of a classifier with one of Keras' cross-entropies; 2 for a binary one."""
+    if loss in _BINARY:
+        return 2
+    shape = getattr(model, "output_shape", None)
+    if loss in _CATEGORICAL and isinstance(shape, tuple) and isinstance(shape[-1], int):
+        return shape[-1]
+    return None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None

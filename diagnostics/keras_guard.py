@@ -1,0 +1,242 @@
+"""NumericGuard: the tripwire and the diagnosis for any Keras `fit`, in one line.
+
+guard = NumericGuard("runs/mine")
+model.fit(x, y, callbacks=[guard])
+if guard.incident:
+    print(guard.diagnose())
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from diagnostics.durable_files import write_json
+from diagnostics.errors import InputError
+from diagnostics.flight_recorder import FlightRecorder
+from diagnostics.incident import write_incident
+from diagnostics.keras_batches import KeptBatches, flatten_batch
+from diagnostics.keras_divergence import DivergenceLimits
+from diagnostics.keras_facts import facts_of
+from diagnostics.keras_run_files import (
+    claim,
+    describe_packages,
+    step_directory,
+    write_config,
+)
+from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS, GuardedStep
+from diagnostics.protocol import Check, StepOutcome, Telemetry
+from diagnostics.snapshot import write_snapshot
+from diagnostics.stall import detect_stall
+
+# The state before step 0 is kept up to this size, for replays from the start.
+START_BYTES = 256 << 20
+
+
+class NumericGuard(keras.callbacks.Callback):
+    """Stops a `fit` at the first non-finite value, before it is written anywhere.
+
+    Layer outputs, loss, gradients, weights, optimizer slots and moving statistics
+    are looked at inside the compiled step. At the first bad step nothing it would
+    write stays: weights, slots, iteration counter, statistics, metrics and random
+    seeds are those before the step. `fit` then ends as with early stopping.
+
+    Args:
+      run_dir: for telemetry and incident. An earlier guard's run there is replaced;
+        one with an incident is moved to `<run_dir>.1`.
+      stop_on_divergence: also stop where the loss or the gradient runs away while
+        still finite, and say at the end if the run never learnt.
+
+    Attributes:
+      incident: directory of the refused step, or None.
+      step: steps run so far, over all fits with this guard.
+      message: what ended the training, or the report of a stall; '' if nothing.
+
+    Raises:
+      InputError: at the first `fit`, if the directory holds something else.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, stop_on_divergence: bool = False) -> None:
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.stop_on_divergence = stop_on_divergence
+        self.incident: Path | None = None
+        self.step = 0
+        self.message = ""
+        self._guarded: GuardedStep | None = None
+        self._record = FlightRecorder(self.run_dir / "telemetry")
+        self._divergence: DivergenceLimits | None = None
+        self._columns: tuple[str, ...] = ()
+        self._batches = KeptBatches()
+        self._structure: Any = None
+        self._stopped = False
+        self._expected = False
+        self._started = False
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Wraps the model's step; the user's own is back when `fit` is over."""
+        if keras.backend.backend() != "tensorflow":
+            raise InputError(
+                f"NumericGuard needs Keras on TensorFlow, not on {keras.backend.backend()}",
+                "Set KERAS_BACKEND=tensorflow before importing keras",
+            )
+        if not self._started:
+            claim(self.run_dir)
+            self._started = True
+            write_json(self.run_dir / "config.json", {"kind": "keras"})
+        self._manifest("running")
+        self._stopped = False
+        self._install()
+
+    def _install(self) -> None:
+        """Compiles a second train function around the guarded step, by Keras' own means."""
+        model = self.model
+        self._guarded = GuardedStep(model, model.train_step, START_BYTES)
+        plain = model.train_function
+        object.__setattr__(model, "train_step", self._guarded)
+        try:
+            model.make_train_function(force=True)
+            guarded = model.train_function
+        finally:
+            object.__delattr__(model, "train_step")
+        self._plain = plain
+        model.train_function = self._train_function(plain, guarded)
+
+    def _train_function(
+        self, plain: Callable[[Any], Any], guarded: Callable[[Any], Any]
+    ) -> Callable[[Any], Any]:
+        """What `fit` calls once per execution; a fit without this guard gets the plain one."""
+
+        def run(iterator: Any) -> Any:
+            if not self._expected:
+                return plain(iterator)
+            self._expected = False
+            return self._execution(iterator, guarded)
+
+        return run
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Says that the next execution is one of this guard's fit."""
+        self._expected = True
+
+    def _execution(self, iterator: Any, guarded: Callable[[Any], Any]) -> Any:
+        """One execution of `fit`: `steps_per_execution` steps, fewer if one is refused."""
+        outputs = None
+        for _ in range(self.model.steps_per_execution):
+            if self._stopped:
+                self.model.stop_training = True
+                break
+            try:
+                data = next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                break
+            # One batch at a time, so that every step's flags come back.
+            outputs = guarded(iter([data]))
+            self._after_step(data, outputs["guard"])
+        if outputs is None:
+            raise StopIteration
+        return outputs["logs"]
+
+    def _after_step(self, data: Any, shown: dict[str, tf.Tensor]) -> None:
+        assert self._guarded is not None
+        outcome = read_outcome(self._guarded, shown)
+        if not self._columns:
+            self._first_step(data, outcome)
+        row = np.array([outcome.telemetry.get(c, np.nan) for c in self._columns], np.float32)
+        self._record.append(self.step, row)
+        if outcome.applied:
+            self._batches.add(self.step, data)
+            self.step += 1
+            if self._divergence is not None:
+                self._guarded.limits.assign(self._divergence.limits(outcome.telemetry))
+            return
+        self._stopped = self.model.stop_training = True
+        self.incident = self._write_incident(data, outcome)
+        print(self.message, file=sys.stderr)
+
+    def _first_step(self, data: Any, outcome: StepOutcome) -> None:
+        """What is known only once the step is traced: columns, configuration, start."""
+        assert self._guarded is not None
+        self._columns = tuple(outcome.telemetry)
+        self._record.start(self._columns, self.step)
+        arrays, self._structure = flatten_batch(data)
+        rows = next((len(array) for array in arrays.values() if array.ndim), None)
+        self.facts = facts_of(self.model, self._guarded.layer_order, rows)
+        if self.stop_on_divergence:
+            self._divergence = DivergenceLimits(self.facts)
+        if self._guarded.initial is not None:
+            write_snapshot(self.run_dir / "start", self._guarded.initial, {"step": self.step})
+        write_config(self.run_dir, self.model, self._structure, self.facts)
+
+    def _write_incident(self, data: Any, outcome: StepOutcome) -> Path:
+        assert self._guarded is not None and self._guarded.state is not None
+        directory = step_directory(self.run_dir / "incidents", self.step)
+        batch, _ = flatten_batch(data)
+        self._record.flush()
+        write_snapshot(self.run_dir / "batches", self._batches.arrays(), {"step": self.step})
+        first = outcome.failed[0]
+        ran_away = first.quantity in (RUNAWAY_LOSS, RUNAWAY_GRADIENT)
+        size = write_incident(
+            directory,
+            state=self._guarded.state.arrays(),
+            batch=batch,
+            record={
+                "step": self.step,
+                "failed_checks": [check._asdict() for check in outcome.failed],
+                "diverged": ran_away,
+                "metrics": dict(outcome.telemetry),
+                "environment": describe_packages(),
+            },
+        )
+        others = f" and {len(outcome.failed) - 1} more" if len(outcome.failed) > 1 else ""
+        what = "runs away" if ran_away else f"is not finite{others}"
+        self.message = (
+            f"NumericGuard: step {self.step}: {first.describe()} {what}; nothing of this step was "
+            f"written. The state before it and its batch are in {directory} ({size / 1e6:.1f} MB). "
+            f"Next: guard.diagnose(), or vggrepro diagnose-nan {self.run_dir}"
+        )
+        return directory
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Puts the model's own train function back and closes the recording."""
+        self.model.train_function = self._plain
+        self._record.flush()
+        if self.stop_on_divergence and self.incident is None and self._columns:
+            stall = detect_stall(self.telemetry(), self.facts)
+            if stall is not None:
+                self.message = f"NumericGuard: {stall}. Next: guard.diagnose()"
+                print(self.message, file=sys.stderr)
+        self._manifest("stopped_by_guard" if self._stopped else "finished")
+
+    def telemetry(self) -> Telemetry:
+        """Every recorded step, of all fits with this guard."""
+        steps, columns, rows = self._record.read()
+        return Telemetry(steps, tuple(columns), rows)
+
+    def _manifest(self, status: str) -> None:
+        content = {"status": status, "steps": self.step, "environment": describe_packages()}
+        write_json(self.run_dir / "manifest.json", content)
+
+
+def read_outcome(guarded: GuardedStep, shown: dict[str, tf.Tensor]) -> StepOutcome:
+    """What a guarded step returned, by names.
+
+    Checks of the data that do not stop a run by themselves are told where another
+    check failed.
+    """
+    layout = guarded.layouts[int(shown["layout"])]
+    passed = np.asarray(shown["passed"]) > 0.5
+    applied = all(ok or not hard for ok, hard in zip(passed, layout.hard, strict=True))
+    failed: list[Check] = []
+    if not applied:
+        down = [check for check, ok in zip(layout.checks, passed, strict=True) if not ok]
+        failed = list(dict.fromkeys(down))
+    row = np.asarray(shown["telemetry"], np.float32).tolist()
+    return StepOutcome(applied, tuple(failed), dict(zip(layout.columns, row, strict=True)))

@@ -1,0 +1,255 @@
+"""The gated optimizer update of a Keras step: applied whole, or not at all.
+
+The fast level takes norms of gradients, weights and slots; where they bound
+every element of the new state, the update is applied and nothing is copied.
+Where they do not, or for an optimizer without a known bound, the careful level
+looks at every element, applies the update to a state it can put back, and looks
+at the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from diagnostics.guard import SAFE_BOUND, all_finite, exact_norm
+from diagnostics.keras_names import LayerNames, native
+
+# With an epsilon > 0 in the denominator these move a weight by at most
+# learning rate * _AMPLIFICATION * (|slots| + |gradient|) / epsilon.
+_ADAPTIVE = (
+    keras.optimizers.Adam,
+    keras.optimizers.AdamW,
+    keras.optimizers.Adamax,
+    keras.optimizers.Nadam,
+    keras.optimizers.RMSprop,
+    keras.optimizers.Adagrad,
+    keras.optimizers.Adadelta,
+)
+_AMPLIFICATION = 1e3  # covers 1 / (1 - beta_1) of Adam and the momentum of RMSprop
+
+
+class Group(NamedTuple):
+    """What belongs to one layer in an update; tensors are read where they are used."""
+
+    layer: str
+    gradients: list[tf.Tensor]
+    weights: list[Any]
+    slots: list[Any]
+
+
+class Update(NamedTuple):
+    """What the update showed, by group; bool or float32 [groups].
+
+    Attributes:
+      applied: whether the new state was written.
+      gradients, weights, state: whether all elements are finite; `state` is of
+        the new weights and slots.
+    """
+
+    applied: tf.Tensor
+    gradients: tf.Tensor
+    weights: tf.Tensor
+    state: tf.Tensor
+    gradient_norms: tf.Tensor
+    weight_norms: tf.Tensor
+
+
+def group_by_layer(
+    names: LayerNames, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
+) -> list[Group]:
+    """One group per layer, in the order of the variables; those without gradient are left out."""
+    groups: dict[str, Group] = {}
+    slots = _slots_by_weight(optimizer, variables)
+    for index, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+        if gradient is None:
+            continue
+        label = names.owner(variable)
+        group = groups.setdefault(label, Group(label, [], [], []))
+        # Of an embedding's IndexedSlices, the rows that were looked up.
+        group.gradients.append(getattr(gradient, "values", gradient))
+        group.weights.append(native(variable))
+        group.slots.extend(slots[index])
+    return list(groups.values())
+
+
+def _slots_by_weight(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
+    """Slots of each weight, by the name that Keras gives them: '<path>_<slot>'."""
+    prefixes = [f"{getattr(v, 'path', v.name)}".replace("/", "_") + "_" for v in variables]
+    found: list[list[Any]] = [[] for _ in variables]
+    order = sorted(range(len(variables)), key=lambda i: -len(prefixes[i]))
+    for slot in optimizer.variables:
+        for index in order:
+            if slot.name.startswith(prefixes[index]) and slot.shape == variables[index].shape:
+                found[index].append(native(slot))
+                break
+    return found
+
+
+def gated_update(
+    optimizer: Any,
+    apply: Callable[[], Any],
+    groups: Sequence[Group],
+    clear: tf.Tensor,
+    touched: Sequence[Any],
+    limit: tf.Tensor,
+) -> Update:
+    """Runs `apply` if all is finite before and after; else nothing is written.
+
+    Args:
+      clear: bool scalar, whether everything before the update was finite.
+      touched: every variable that `apply` may write.
+      limit: float32 scalar; a larger global gradient norm is refused too.
+    """
+    exempt = gradients_exempt(optimizer)
+
+    def careful() -> Update:
+        return _careful(apply, groups, clear, exempt, touched, limit)
+
+    bounded = _has_bound(optimizer, touched)
+    if not bounded:
+        return careful()
+    norm = {
+        kind: tf.stack([_fast_norm(getattr(group, kind)) for group in groups])
+        for kind in ("gradients", "weights", "slots")
+    }
+    # NaN compares as false, so a NaN norm is not conclusive either.
+    conclusive = _bound(optimizer, norm) < SAFE_BOUND
+
+    def fast() -> Update:
+        apply()
+        return Update(
+            tf.constant(True),
+            conclusive,
+            conclusive,
+            conclusive,
+            norm["gradients"],
+            norm["weights"],
+        )
+
+    within = tf.norm(norm["gradients"]) <= limit
+    sure = tf.logical_and(tf.reduce_all(conclusive), within)
+    return Update(*tf.cond(tf.logical_and(clear, sure), fast, careful))
+
+
+def _careful(
+    apply: Callable[[], Any],
+    groups: Sequence[Group],
+    clear: tf.Tensor,
+    exempt: tf.Tensor,
+    touched: Sequence[Any],
+    limit: tf.Tensor,
+) -> Update:
+    gradients, weights, gradient_norms, weight_norms = exact_sight(groups)
+    within = tf.logical_and(tf.reduce_all(gradients), global_norm(gradient_norms) <= limit)
+    before = tf.logical_and(clear, tf.reduce_all(weights))
+    before = tf.logical_and(before, tf.logical_or(exempt, within))
+
+    def attempt() -> tuple[tf.Tensor, tf.Tensor]:
+        saved = [tf.identity(variable) for variable in touched]
+        apply()
+        state = new_state_finite(groups, touched)
+        good = tf.reduce_all(state)
+
+        def put_back() -> tf.Tensor:
+            for variable, value in zip(touched, saved, strict=True):
+                variable.assign(value)
+            return tf.constant(False)
+
+        return tf.cond(good, lambda: tf.constant(True), put_back), state
+
+    def refuse() -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.constant(False), tf.ones([len(groups)], tf.bool)
+
+    applied, state = tf.cond(before, attempt, refuse)
+    gradients = tf.logical_or(gradients, exempt)
+    return Update(applied, gradients, weights, state, gradient_norms, weight_norms)
+
+
+def exact_sight(
+    groups: Sequence[Group],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finiteness and norms of gradients and weights, by every element."""
+    gradients = [group.gradients for group in groups]
+    weights = [[tf.identity(variable) for variable in group.weights] for group in groups]
+    norms = (
+        tf.stack([exact_norm([single(tensor) for tensor in group]) for group in kind])
+        for kind in (gradients, weights)
+    )
+    return (all_finite(gradients), all_finite(weights), *norms)
+
+
+def global_norm(norms: tf.Tensor) -> tf.Tensor:
+    """Norm of norms, scaled by the maximum: overflows only where it must."""
+    largest = tf.reduce_max(norms)
+    return largest * tf.norm(tf.math.divide_no_nan(norms, largest))
+
+
+def new_state_finite(groups: Sequence[Group], touched: Sequence[Any]) -> tf.Tensor:
+    """bool [groups]: whether weights and slots are finite now.
+
+    What belongs to no layer (a loss scale) counts for the first group.
+    """
+    members = [[*group.weights, *group.slots] for group in groups]
+    listed = {id(v) for group in members for v in group}
+    members[0] += [v for v in touched if id(v) not in listed and v.dtype.is_floating]
+    return all_finite([[tf.identity(v) for v in group] for group in members])
+
+
+def gradients_exempt(optimizer: Any) -> tf.Tensor:
+    """bool scalar: non-finite gradients are the loss scale's business, not an incident.
+
+    A `LossScaleOptimizer` skips such a step and halves its scale; once the scale is
+    down to 1 the gradients themselves are at fault.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built:
+        return tf.convert_to_tensor(native(optimizer.dynamic_scale)) > 1.0
+    return tf.constant(False)
+
+
+def _inner(optimizer: Any) -> Any:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+def _has_bound(optimizer: Any, touched: Sequence[Any]) -> bool:
+    inner = _inner(optimizer)
+    if any(v.dtype.is_floating and v.dtype != tf.float32 for v in touched):
+        return False
+    if any(v.constraint is not None for v in inner._trainable_variables):
+        return False
+    if type(inner) is keras.optimizers.SGD:
+        return True
+    # A centred RMSprop subtracts under its root, which rounding can make negative.
+    known = type(inner) in _ADAPTIVE and not getattr(inner, "centered", False)
+    return known and inner.epsilon >= 1e-30
+
+
+def _bound(optimizer: Any, norm: dict[str, tf.Tensor]) -> tf.Tensor:
+    """An upper bound of every element of the new weights and slots, float32 [groups]."""
+    inner = _inner(optimizer)
+    rate = tf.maximum(tf.abs(tf.cast(inner.learning_rate, tf.float32)), 1.0)
+    decay = 1.0 + rate * abs(inner.weight_decay or 0.0)
+    moved = norm["slots"] + norm["gradients"]
+    if type(inner) is keras.optimizers.SGD:
+        return decay * norm["weights"] + 3.0 * (rate + 1.0) * moved
+    reach = rate * (_AMPLIFICATION / min(inner.epsilon, 1.0)) * moved
+    return decay * norm["weights"] + reach + tf.square(norm["gradients"])
+
+
+def _fast_norm(tensors: Sequence[Any]) -> tf.Tensor:
+    """L2 norm, float32; not finite if any element is not, or if a square overflowed."""
+    if not tensors:
+        return tf.constant(0.0)
+    return tf.sqrt(
+        2.0 * tf.add_n([tf.nn.l2_loss(single(tf.convert_to_tensor(t))) for t in tensors])
+    )
+
+
+def single(tensor: tf.Tensor) -> tf.Tensor:
+    """As float32: squares of half precision overflow at once."""
+    return tensor if tensor.dtype == tf.float32 else tf.cast(tensor, tf.float32)
