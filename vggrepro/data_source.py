@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
+
 from diagnostics.errors import InputError, ToolError
 from vggrepro.config import TrainConfig
 from vggrepro.dataset import (
+    Batch,
     EvaluationStream,
     ExampleIndex,
     TrainingStream,
@@ -43,6 +46,17 @@ class DataSource:
     def mean_rgb(self) -> tuple[float, float, float]:
         """Grey levels (0..255) that preprocessing subtracted."""
         return self.training.preprocessing.mean_rgb
+
+    def training_batch(self, step: int) -> Batch:
+        """The batch of one step.
+
+        Raises:
+          InputError: an image cannot be read; names the file.
+        """
+        try:
+            return self.training.batch(step)
+        except tf.errors.OpError as error:
+            raise self.explain(step, error) from error
 
     def explain(self, step: int, error: Exception) -> ToolError:
         """Why the batch of a training step could not be read; names the file."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.errors import StoppedByGuard
+from diagnostics.errors import InputError, StoppedByGuard
 from diagnostics.incident import write_incident
 from diagnostics.protocol import Check
 from vggrepro.config import TrainConfig
@@ -32,24 +32,30 @@ def save_incident(
       failed: the checks that tripped, in order of execution; not empty.
       state: the state before the step. batch: as fed, with example_ids.
       metrics: the refused step's numbers.
+
+    Raises:
+      InputError: the disk is full; nothing half-written is left.
     """
     ids = [int(example) for example in batch["example_ids"]]
     directory = run.incident_directory(step)
-    size = write_incident(
-        directory,
-        state=state,
-        batch=batch,
-        record={
-            "step": step,
-            "failed_checks": [check._asdict() for check in failed],
-            "example_ids": ids,
-            "example_names": [name_of(example) for example in ids],
-            "seeds": {"run": config.seed, "step": step},
-            "config": config.to_dict(),
-            "metrics": dict(metrics),
-            "environment": describe_environment(),
-        },
-    )
+    record = {
+        "step": step,
+        "failed_checks": [check._asdict() for check in failed],
+        "example_ids": ids,
+        "example_names": [name_of(example) for example in ids],
+        "seeds": {"run": config.seed, "step": step},
+        "config": config.to_dict(),
+        "metrics": dict(metrics),
+        "environment": describe_environment(),
+    }
+    try:
+        size = write_incident(directory, state=state, batch=batch, record=record)
+    except InputError as error:
+        raise InputError(
+            f"step {step}: {failed[0].describe()} is not finite, and the incident could not be "
+            f"saved: {error.message}",
+            f"{error.remedy}, then train --resume {run.path} to meet the step again",
+        ) from error
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return StoppedByGuard(
         f"step {step}: {failed[0].describe()} is not finite{others}; nothing of this step was "

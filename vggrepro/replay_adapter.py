@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,6 @@ from diagnostics.protocol import (
     Batch,
     Change,
     Check,
-    LayerFacts,
-    RunFacts,
     State,
     StepOutcome,
     Telemetry,
@@ -29,6 +26,7 @@ from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment, differences
 from vggrepro.model import Network, build_network
 from vggrepro.run_directory import RunDirectory
+from vggrepro.run_facts import run_facts
 from vggrepro.train_step import TrainStep, compiled_part, initial_state
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ class VggRun:
         self.network = _network(self.config)
         incidents = self._directory.incidents()
         self._incident: Incident | None = read_incident(incidents[-1]) if incidents else None
-        self.facts = _facts(self.config, self._manifest)
+        self.facts = run_facts(self.config, self.network)
         self._data, self._data_error = self._open_data()
         self._spare_steps: list[TrainStep] = []
 
@@ -158,10 +156,7 @@ class VggRun:
     def _rebuilt(self, step: int) -> Batch | None:
         if self._data is None:
             return None
-        try:
-            batch = self._data.training.batch(step)
-        except tf.errors.OpError as error:
-            raise self._data.explain(step, error) from error
+        batch = self._data.training_batch(step)
         return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
@@ -246,38 +241,4 @@ def _network(config: TrainConfig) -> Network:
         width=config.width,
         image_size=config.image_size,
         classes=config.classes,
-    )
-
-
-def _facts(config: TrainConfig, manifest: Mapping[str, Any]) -> RunFacts:
-    layers = tuple(
-        LayerFacts(
-            layer.name,
-            "conv" if layer.is_convolution else "dense",
-            f"params/{layer.name}/kernel",
-            layer.fan_in,
-            layer.fan_out,
-            "relu" if layer.relu else "linear",
-        )
-        for layer in _network(config).weight_layers
-    )
-    return RunFacts(
-        layers=layers,
-        learning_rate=config.lr,
-        warmup_steps=config.warmup_steps,
-        clip_norm=config.clip_norm,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        optimizer="momentum SGD",
-        precision=config.precision,
-        init=config.init,
-        loss="softmax cross-entropy",
-        classes=config.classes,
-        chance_loss=math.log(config.classes),
-        batch_size=config.batch_size,
-        input_kind="pixels",
-        extra={
-            "net": f"VGG-{config.arch}, width {config.width:g}, {config.image_size} px",
-            "parameters": f"{manifest.get('parameter_count', 0):,}",
-        },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,24 @@ import tensorflow as tf
 
 from diagnostics.divergence import DivergenceWatch
 from diagnostics.errors import InputError, StoppedByGuard
+from diagnostics.forecast import Forecast
 from diagnostics.guard import StepResult
 from diagnostics.guard_self_test import self_test
 from diagnostics.snapshot import hash_arrays
+from diagnostics.stall import StallWatch
 from vggrepro import accelerator
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment
 from vggrepro.evaluation import Evaluator
+from vggrepro.forecast_vgg import check_before_training, image_scales
 from vggrepro.hooks import Announcer, Hook
 from vggrepro.incident_report import save_incident
+from vggrepro.init_notes import init_note
 from vggrepro.keras_export import save_weights
 from vggrepro.model import Network, build_network
 from vggrepro.run_directory import RunDirectory
+from vggrepro.run_facts import run_facts
 from vggrepro.step_metrics import StepMetrics
 from vggrepro.stop_request import StopRequest
 from vggrepro.train_step import State, TrainStep
@@ -57,6 +62,7 @@ def train(
     run_dir: Path,
     hooks: Sequence[Hook] = (),
     resume: bool = False,
+    strict: bool = False,
 ) -> TrainResult:
     """Trains from step 0, or goes on from the last valid checkpoint.
 
@@ -65,6 +71,8 @@ def train(
     Args:
       config: `classes` 0 takes the number of classes of the data.
       run_dir: must be new, or with `resume` an existing run.
+      strict: refuse to start where the forecast says that the initialiser makes
+        signal or gradient explode or vanish; without it that is a warning.
 
     Raises:
       InputError: bad configuration or data, a run that cannot be resumed.
@@ -87,7 +95,8 @@ def train(
             config.arch, width=config.width, image_size=config.image_size, classes=classes
         )
         if not resume:
-            manifest = _first_manifest(config, network, data, device)
+            forecast = _forecast(config, network, data, announce, strict)
+            manifest = _first_manifest(config, network, data, device, forecast)
             run = stack.enter_context(
                 RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
             )
@@ -95,8 +104,30 @@ def train(
         return _Session(config, network, data, run, announce, device).train()
 
 
+def _forecast(
+    config: TrainConfig, network: Network, data: DataSource, announce: Announcer, strict: bool
+) -> Forecast:
+    """Says what the initialiser will do on the first batch.
+
+    Raises:
+      InputError: `strict`, and signal or gradient explodes or vanishes.
+    """
+    images = data.training_batch(0)["images"].numpy()
+    forecast = check_before_training(config, network, *image_scales(images))
+    if forecast.verdict == "fine":
+        announce.info(forecast.line())
+        return forecast
+    note = init_note(config.init) or ""
+    if strict:
+        raise InputError(
+            forecast.line(), f"{note} Choose another --init, or leave out --strict".strip()
+        )
+    announce.warning(f"{forecast.line()}. {note}".strip())
+    return forecast
+
+
 def _first_manifest(
-    config: TrainConfig, network: Network, data: DataSource, device: str
+    config: TrainConfig, network: Network, data: DataSource, device: str, forecast: Forecast
 ) -> dict[str, Any]:
     """manifest.json before step 0."""
     return {
@@ -106,6 +137,7 @@ def _first_manifest(
         "config_origins": config.origins(),
         "parameter_count": network.parameter_count(),
         "data": data.record,
+        "forecast": {"verdict": forecast.verdict, "reason": forecast.reason},
         "seeds": {"run": config.seed},
         "parent_run": None,
         "environment": describe_environment([device]),
@@ -132,7 +164,8 @@ class _Session:
         self._step = TrainStep(config, network, checkpoint[1] if checkpoint else None)
         self._now = checkpoint[0] if checkpoint else 0
         self._metrics = StepMetrics(self._step.layout, config.batch_size)
-        self._watch = DivergenceWatch()
+        self._divergence = DivergenceWatch()
+        self._stall = StallWatch(run_facts(config, network))
         parameters = {
             name: self._step.variables[f"params/{name}"] for name in network.parameter_shapes()
         }
@@ -169,7 +202,7 @@ class _Session:
 
     def _start(self) -> None:
         """Proves that the guard fires, then tells the hooks that training begins."""
-        batch = self._fetch(self._now, lambda: self._data.training.batch(self._now))
+        batch = self._data.training_batch(self._now)
         fired = self_test(self._step, batch["images"], batch["labels"])
         info = {
             "parameter_count": self._network.parameter_count(),
@@ -200,7 +233,7 @@ class _Session:
 
     def _one_step(self, batches: Iterator[Mapping[str, tf.Tensor]]) -> None:
         started = time.perf_counter()
-        batch = self._fetch(self._now, lambda: next(batches))
+        batch = self._next(batches)
         waited = time.perf_counter() - started
         result = self._step(batch["images"], batch["labels"])
         self._run.telemetry.append(self._now, result.telemetry)
@@ -210,22 +243,21 @@ class _Session:
         self._run.append_metrics({"step": self._now, **self._metrics.brief(metrics)})
         for hook in self._announce.hooks:
             hook.on_step(self._now, self, metrics)
-        for text in self._watch.warnings(self._now, metrics["loss"], metrics["grad_norm"]):
-            self._announce.warning(text)
+        warnings = self._divergence.warnings(self._now, metrics["loss"], metrics["grad_norm"])
+        for text in (*warnings, self._stall.warning(self._now, metrics)):
+            if text is not None:
+                self._announce.warning(text)
         self._now += 1
 
     def numpy(self) -> State:
         """The state as named arrays (hooks call this)."""
         return self._step.state()
 
-    def _fetch(
-        self, step: int, read: Callable[[], Mapping[str, tf.Tensor]]
-    ) -> Mapping[str, tf.Tensor]:
-        """Reads a batch; an unreadable image becomes an error that names its file."""
+    def _next(self, batches: Iterator[Mapping[str, tf.Tensor]]) -> Mapping[str, tf.Tensor]:
         try:
-            return read()
-        except (tf.errors.OpError, StopIteration) as error:
-            raise self._data.explain(step, error) from error
+            return next(batches)
+        except tf.errors.OpError as error:
+            raise self._data.explain(self._now, error) from error
 
     def _stop_at(
         self, result: StepResult, batch: Mapping[str, tf.Tensor], metrics: Mapping[str, Any]
@@ -256,7 +288,10 @@ class _Session:
             return True
         if not scheduled and now != config.steps:
             return True
-        metrics = self._evaluator.evaluate(self._data.validation, lambda: stop.raised)
+        try:
+            metrics = self._evaluator.evaluate(self._data.validation, lambda: stop.raised)
+        except tf.errors.OpError as error:
+            raise self._data.explain_validation(error) from error
         if metrics is None:
             return False
         if scheduled:

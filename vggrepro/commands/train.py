@@ -48,6 +48,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="start from a named configuration (see `vggrepro recipes`); options override it",
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to start where the forecast says that signal or gradient explode or vanish",
+    )
     add_config_options(parser)
     parser.set_defaults(run=run)
 
@@ -57,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     resume = options.resume is not None
     config = _resumed_config(options) if resume else _new_config(options)
     run_dir = options.resume or options.run_dir or new_run_dir(config, datetime.now())
-    result = _train(_with_data_directory(config), run_dir, resume)
+    result = _train(_with_data_directory(config), run_dir, resume, options.strict)
     _print_summary(result)
     return INTERRUPTED if result.status == "interrupted" else 0
 
@@ -106,14 +111,14 @@ def _resumed_config(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_dict({**values, **given})
 
 
-def _train(config: TrainConfig, run_dir: Path, resume: bool) -> TrainResult:
+def _train(config: TrainConfig, run_dir: Path, resume: bool, strict: bool) -> TrainResult:
     from vggrepro.progress import ProgressDisplay
     from vggrepro.tensorboard_log import TensorBoardLog
     from vggrepro.trainer import train
 
     with ExitStack() as stack:
         hooks = [stack.enter_context(ProgressDisplay()), stack.enter_context(TensorBoardLog())]
-        return train(config, run_dir, hooks, resume=resume)
+        return train(config, run_dir, hooks, resume=resume, strict=strict)
 
 
 def _print_summary(result: TrainResult) -> None:
