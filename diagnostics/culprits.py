@@ -131,7 +131,9 @@ def odd_rows(batch: Batch, factor: float) -> tuple[int, ...]:
         largest = np.abs(flat).max(axis=1)
         odd.update(np.flatnonzero(largest > factor * _middle(largest)).tolist())
         if flat.shape[1] > 1:
-            for measure in (largest, flat.std(axis=1)):
+            with np.errstate(invalid="ignore"):  # of infinities
+                spread = flat.std(axis=1)
+            for measure in (largest, spread):
                 far = (measure > factor * _middle(measure)) | (measure < _middle(measure) / factor)
                 odd.update(np.flatnonzero(far).tolist())
     return tuple(sorted(odd))

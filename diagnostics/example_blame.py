@@ -24,10 +24,11 @@ ODD_FACTOR, UNUSUAL_FACTOR = 100.0, 10.0
 # Rows with less room than this share of the type's exponent range are about to
 # overflow themselves: 32 of float32's 128 bits, 4 of float16's 16.
 NEAR_LIMIT = 0.25
-# Ops that give infinity without any large number, and their gradients.
+# Ops with poles or a limited domain: they give infinity or NaN without large numbers.
+# From finite inputs any other op does so by overflow alone (NaN as inf - inf inside it).
 _POLES = frozenset(
-    "Log Log1p RealDiv Div Reciprocal Inv ReciprocalGrad Rsqrt RsqrtGrad SqrtGrad Pow Xlogy "
-    "Xdivy Atanh Lgamma Digamma Zeta".split()
+    "Acos Acosh Asin Atanh Digamma Div Inv InvGrad Lgamma Log Log1p Pow RealDiv Reciprocal "
+    "ReciprocalGrad Rsqrt RsqrtGrad Sqrt SqrtGrad Xdivy Xlogy Xlog1py Zeta".split()
 )
 
 
@@ -92,7 +93,7 @@ def _weights_exploded(hit: Hit | None, own: tuple[int, ...]) -> bool:
 
 def _overflowed(hit: Hit | None) -> bool:
     """Whether numbers grew too large, as opposed to a pole such as log(0) or 1/0."""
-    return hit is not None and hit.kind == "inf" and hit.record.op not in _POLES
+    return hit is not None and hit.origin and hit.record.op not in _POLES
 
 
 def _other_batches_pass(run: ReplayableRun, trials: Trials, batch: Batch, step: int) -> bool | None:

@@ -201,6 +201,7 @@ class ToyRun:
     Attributes:
       config: as asked for. stopped_at: the refused step, or None.
       outcome: the StepOutcome of the last step that was run.
+      trained: the program that ran it; spares a test the time to compile another.
     """
 
     name = "toy"
@@ -209,6 +210,7 @@ class ToyRun:
         self.config = config
         self.stopped_at: int | None = None
         self.outcome: StepOutcome | None = None
+        self.trained: ToyProgram | None = None
         self._every = checkpoint_every
         self._states: dict[int, State] = {0: initial_state(config)}
         self._rows: list[list[float]] = []
@@ -216,7 +218,7 @@ class ToyRun:
 
     def train(self, steps: int) -> ToyRun:
         """Runs up to `steps` steps; stops where the guard refuses one."""
-        program = self.program()
+        program = self.trained = self.program()
         program.load(self._states[0])
         for step in range(steps):
             state = self._overwrite(step, program)
