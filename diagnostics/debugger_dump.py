@@ -56,7 +56,7 @@ def _run_as_graph(step: Callable[[], object]) -> None:
 
 def _record(directory: Path, run: Callable[[], object]) -> None:
     debugging = tf.debugging.experimental
-    with new_directory(directory) as temporary, _functions_inlined():
+    with new_directory(directory) as temporary, _functions_inlined(), _quiet():
         debugging.enable_dump_debug_info(
             str(temporary), tensor_debug_mode="FULL_HEALTH", circular_buffer_size=-1
         )
@@ -74,3 +74,15 @@ def _functions_inlined() -> Iterator[None]:
         yield
     finally:
         tf.config.run_functions_eagerly(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TensorFlow from warning of frames without a source file, as '<frozen runpy>'."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

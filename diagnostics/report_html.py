@@ -172,7 +172,7 @@ def _tried(tried: Sequence[Counterfactual]) -> Markup:
         cells = [
             tag("td", one.change),
             tag("td", mark, class_="yes" if one.survived else "no"),
-            _number(f"{one.steps:,} from {one.first_step:,}"),
+            _number(words.steps_run(one)),
             _number(words.number(one.loss)),
             tag("td", words.remark(one)),
         ]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.cells import cell_len
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    Group,
+    RenderableType,
+    RenderResult,
+)
 from rich.table import Table
 from rich.text import Text
 
 from diagnostics import report_words as words
+from diagnostics.command_wrap import wrap_command
 from diagnostics.diagnosis import Counterfactual, Diagnosis, Recommendation
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_story import Headroom, StoryRow, headroom, story
@@ -19,7 +26,9 @@ from diagnostics.report_story import Headroom, StoryRow, headroom, story
 SCREEN_LINES = 44  # of a 45-line terminal, which also shows the next prompt
 _BAR_CELLS = 12  # a full bar: values around 1
 _GUTTER = 8
-_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*"|['"])+""")
+_GAP = 2
+_CHANGE_WIDTH, _NARROWEST_REMARK = 36, 16
+_UNBOUNDED = 10**6
 
 
 class _Limits(NamedTuple):
@@ -32,7 +41,7 @@ class _Limits(NamedTuple):
 
 
 # Tried in this order until the report fits the screen.
-_EVERYTHING = _Limits(10**6, 10**6, 10**6, 10**6)
+_EVERYTHING = _Limits(_UNBOUNDED, _UNBOUNDED, _UNBOUNDED, _UNBOUNDED)
 _SHORTER = (
     _EVERYTHING,
     _Limits(4, 3, 8, 10),
@@ -75,7 +84,7 @@ class _TerminalReport:
     rows: tuple[StoryRow, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        page = _Page(self, options.max_width, options.ascii_only)
+        page = _Page(self, options)
         shorter = _SHORTER if options.is_terminal else _SHORTER[:1]
         lines = max(SCREEN_LINES, console.height - 1)
         body = page.body(shorter[0])
@@ -87,13 +96,13 @@ class _TerminalReport:
 
 
 class _Page:
-    """The report at one width."""
+    """The report at one width; `brief` where it has to fit a screen."""
 
-    def __init__(self, report: _TerminalReport, width: int, ascii_only: bool) -> None:
+    def __init__(self, report: _TerminalReport, options: ConsoleOptions) -> None:
         self._diagnosis, self._room, self._rows = report.diagnosis, report.room, report.rows
-        self._width = width
-        self._ascii = ascii_only
-        self._marks = _ASCII if ascii_only else _UNICODE
+        self._width, self._brief = options.max_width, options.is_terminal
+        self._ascii = options.ascii_only
+        self._marks = _ASCII if self._ascii else _UNICODE
 
     def body(self, limits: _Limits) -> RenderableType:
         """All sections, with lists cut to the limits."""
@@ -202,24 +211,38 @@ class _Page:
         tried = self._diagnosis.counterfactuals
         if not tried:
             return None
+        chosen = words.most_telling(tried, limits.tried)
         table = self._table()
         table.add_column("change", overflow="fold")
         table.add_column("survived", no_wrap=True)
         table.add_column("steps", justify="right", no_wrap=True)
         table.add_column("last loss", justify="right", no_wrap=True)
         table.add_column("", overflow="fold")
-        for one in words.most_telling(tried, limits.tried):
-            self._add_tried(table, one)
+        remark_width = self._remark_width(chosen)
+        for one in chosen:
+            self._add_tried(table, one, remark_width)
         return Group(table, *self._more(len(tried) - limits.tried))
 
-    def _add_tried(self, table: Table, one: Counterfactual) -> None:
+    def _remark_width(self, tried: Sequence[Counterfactual]) -> int:
+        """What the other columns leave, so that on a screen each replay has one line."""
+        if not self._brief:
+            return _UNBOUNDED
+        change = min(_CHANGE_WIDTH, max(cell_len(one.change) for one in tried))
+        steps = max(len("steps"), *(len(words.steps_run(one)) for one in tried))
+        others = change + len("survived") + steps + len("last loss") + 4 * _GAP
+        return max(_NARROWEST_REMARK, self._width - _GUTTER - others)
+
+    def _add_tried(self, table: Table, one: Counterfactual, remark_width: int) -> None:
         mark, style = (self._marks.yes, "green") if one.survived else (self._marks.no, "red")
+        # What is cut here is whole in report.html.
+        remark = self._text(words.remark(one))
+        remark.truncate(remark_width, overflow="crop" if self._ascii else "ellipsis")
         table.add_row(
             self._text(one.change, "bold" if one.minimal else ""),
             Text(f"{mark} {'yes' if one.survived else 'no'}", style=style),
-            f"{one.steps:,} from {one.first_step:,}",
+            words.steps_run(one),
             words.number(one.loss),
-            self._text(words.remark(one)),
+            remark,
         )
 
     def _notes(self, limits: _Limits) -> RenderableType | None:
@@ -227,7 +250,7 @@ class _Page:
         return Group(*self._bullets(notes, limits.evidence)) if notes else None
 
     def _table(self) -> Table:
-        return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        return Table(box=None, padding=(0, _GAP, 0, 0), header_style="dim", pad_edge=False)
 
     def _recommendation(self) -> RenderableType:
         advice = self._diagnosis.recommendation
@@ -256,25 +279,3 @@ def _story_rows(rows: Sequence[StoryRow], limit: int) -> list[StoryRow]:
     others = [row for row in rows if not row.remark]
     kept += others[max(0, len(others) - max(0, limit - len(kept))) :]
     return sorted(kept, key=lambda row: row.step)
-
-
-def wrap_command(command: str, width: int) -> list[str]:
-    """A shell command in lines of at most `width`, joined by backslashes where it is cut.
-
-    Cut only between words, if possible before an option; one longer word stays whole.
-    """
-    if len(command) <= width:
-        return [command]
-    groups: list[str] = []
-    for word in _WORD.findall(command):
-        if groups and not word.startswith("-") and groups[-1].startswith("-"):
-            groups[-1] += f" {word}"
-        else:
-            groups.append(word)
-    lines: list[str] = []
-    for group in groups:
-        if lines and len(lines[-1]) + 1 + len(group) <= width - 2:
-            lines[-1] += f" {group}"
-        else:
-            lines.append(f"  {group}" if lines else group)
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]

@@ -225,6 +225,11 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, "-" if value is None else str(value))]
 
 
+def steps_run(tried: Counterfactual) -> str:
+    """'20', or '20 from 200' where the replay did not begin at step 0."""
+    return f"{tried.steps:,}" + (f" from {tried.first_step:,}" if tried.first_step else "")
+
+
 def remark(tried: Counterfactual) -> str:
     """What is worth saying of one replay."""
     smallest = "smallest fix" if tried.minimal else ""

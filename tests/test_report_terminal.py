@@ -1,5 +1,6 @@
 """The terminal report: one screen, complete in a pipe, and no name can drive the terminal."""
 
+import dataclasses
 import io
 import math
 import re
@@ -21,10 +22,11 @@ from report_samples import (
 )
 from rich.console import Console
 
+from diagnostics.command_wrap import wrap_command
 from diagnostics.diagnosis import Cause, Counterfactual, Recommendation
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_story import headroom, story
-from diagnostics.report_terminal import render, wrap_command
+from diagnostics.report_terminal import render
 from diagnostics.report_words import bits, flatten, number, printable
 
 SCREEN = 44
@@ -56,8 +58,8 @@ def test_the_founding_case_tells_all_on_one_screen():
         "It began at step 0 in block1_conv1",
         "the initialiser 97 % sure",
         "sigma = 0.1. The authors' own code uses sigma = 0.01.",
-        "normal:0.01 instead of normal:0.1 ✓ yes 20 from 0 6.89 smallest fix",
-        "he-normal ✗ no 2 from 0 8e14 NaN at step 2",
+        "normal:0.01 instead of normal:0.1 ✓ yes 20 6.89 smallest fix",
+        "he-normal ✗ no 2 8e14 NaN at step 2",
         "verified: this very command was replayed and survived",
         "--seed 0 --steps 20",
     ):
@@ -85,6 +87,18 @@ def crowded(count: int) -> Sample:
         counterfactuals=(*tried, fix),
         notes=tuple(f"note {index}" for index in range(count)),
     )
+
+
+def test_on_a_screen_each_replay_has_one_line():
+    note = "step 1: pre-activation of block4_conv2 not finite"
+    tried = tuple(
+        dataclasses.replace(one, note=note) for one in founding().diagnosis.counterfactuals
+    )
+    sample = changed(founding(), counterfactuals=tried)
+    lines = [line for line in shown(sample).splitlines() if "step 1: " in line]
+    assert len(lines) == len(tried) and all(line.endswith("…") for line in lines)
+    assert flat(shown(sample, terminal=False)).count("not finite") > len(tried)
+    assert "pre-activation of bl" in shown(sample, encoding="ascii")
 
 
 @pytest.mark.parametrize("width", [80, 100])
