@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ CONTROL = Change("none", None, "nothing changed (control)", rank=0)
 RUNAWAY_LOSS = 10.0
 # A stalled run has begun to learn once the loss is below this part of guessing.
 _LEARNT = 0.97
+_TAIL = 9  # steps whose median loss counts as the last loss
 _BISECTIONS = 3
 _MAX_CACHED_BATCHES = 64
 # Causes and the kinds of change that answer them, best first.
@@ -75,11 +77,15 @@ class Matrix:
         self.dropped: list[str] = []
 
     def explore(self, changes: Sequence[Change], plan: Plan) -> list[Counterfactual]:
-        """Runs the control and every change; marks the smallest that survived."""
+        """Runs the control and every change; marks the smallest that survived.
+
+        A run that must learn needs no control: the recorded steps are it.
+        """
         planned = len(changes) + 1
-        self._try(CONTROL, plan, planned)
+        if not self._must_learn:
+            self._try(CONTROL, plan, planned)
         for change in sorted(changes, key=lambda change: change.rank):
-            if len(self.results) > 1 and time.monotonic() > self._deadline:
+            if self.results and time.monotonic() > self._deadline:
                 self.dropped.append(change.label)
                 continue
             begin = Plan(0, plan.end) if change.from_start else plan
@@ -105,6 +111,8 @@ class Matrix:
                 break
             losses.append(float(outcome.telemetry["loss"]))
             ran += 1
+            if self._must_learn and ran >= _TAIL and not self._runaway(losses):
+                break  # it has begun to learn: more steps prove no more
         reached = self._must_learn or plan.origin + ran > self._failing
         runaway = self._runaway(losses)
         survived = not note and reached and not runaway
@@ -151,8 +159,7 @@ class Matrix:
         if not losses:
             return "no step ran"
         chance = self._run.facts.chance_loss
-        last = sorted(losses[-9:])
-        tail = last[len(last) // 2]
+        tail = statistics.median(losses[-_TAIL:])
         usual = chance if chance is not None else max(abs(losses[0]), 1e-3)
         if not math.isfinite(tail) or tail > RUNAWAY_LOSS * usual:
             return f"finite, but the loss stands at {tail:.3g}"

@@ -38,7 +38,7 @@ from diagnostics.trace import locate
 DEFAULT_BUDGET = 180.0  # seconds for all counterfactuals together
 _MIN_MARGIN = 3  # steps that a fix must outlast the failing step by
 _USUAL_MARGIN = 8
-_STALL_STEPS = 300
+_STALL_STEPS = 400  # that a fix may take to begin to learn
 
 
 def diagnose(
@@ -144,9 +144,10 @@ class _Session:
             step_seconds = _time_of_step(program, batch, first)
             program.release()
             changes = self._finite_changes(verdict)
-            room = self._budget / max(len(changes) + 1, 1) / max(step_seconds, 1e-4)
-            steps = int(min(len(telemetry.steps), _STALL_STEPS, max(room, 10)))
-            matrix = self._matrix(must_learn=verdict == "stalled")
+            room = self._budget / (len(changes) + 1) / max(step_seconds, 1e-4)
+            stalled = verdict == "stalled"
+            steps = int(min(_STALL_STEPS if stalled else len(telemetry.steps), max(room, 10)))
+            matrix = self._matrix(must_learn=stalled)
             results = matrix.explore(changes, Plan(0, steps)) if self._budget else []
         cause = judge(dataclasses.replace(evidence, counterfactuals=tuple(results)))
         return self._diagnosis(verdict, None, onset, cause, results, changes)
