@@ -27,7 +27,7 @@ SCREEN_LINES = 44  # of a 45-line terminal, which also shows the next prompt
 _BAR_CELLS = 12  # a full bar: values around 1
 _GUTTER = 8
 _GAP = 2
-_CHANGE_WIDTH, _NARROWEST_REMARK = 36, 16
+_CHANGE_WIDTH, _CHANGE_KEPT, _NARROWEST_REMARK = 36, 26, 16
 _UNBOUNDED = 10**6
 
 
@@ -213,7 +213,9 @@ class _Page:
             return None
         chosen = words.most_telling(tried, limits.tried)
         table = self._table()
-        table.add_column("change", overflow="fold")
+        table.add_column(
+            "change", overflow="fold", min_width=self._change_width(chosen, _CHANGE_KEPT)
+        )
         table.add_column("survived", no_wrap=True)
         table.add_column("steps", justify="right", no_wrap=True)
         table.add_column("last loss", justify="right", no_wrap=True)
@@ -223,11 +225,15 @@ class _Page:
             self._add_tried(table, one, remark_width)
         return Group(table, *self._more(len(tried) - limits.tried))
 
+    @staticmethod
+    def _change_width(tried: Sequence[Counterfactual], most: int) -> int:
+        return min(most, max(cell_len(one.change) for one in tried))
+
     def _remark_width(self, tried: Sequence[Counterfactual]) -> int:
         """What the other columns leave, so that on a screen each replay has one line."""
         if not self._brief:
             return _UNBOUNDED
-        change = min(_CHANGE_WIDTH, max(cell_len(one.change) for one in tried))
+        change = self._change_width(tried, _CHANGE_WIDTH)
         steps = max(len("steps"), *(len(words.steps_run(one)) for one in tried))
         others = change + len("survived") + steps + len("last loss") + 4 * _GAP
         return max(_NARROWEST_REMARK, self._width - _GUTTER - others)

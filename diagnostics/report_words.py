@@ -151,8 +151,7 @@ def place(first: FirstNonfinite) -> list[Fact]:
     facts.append(
         Fact(
             "values",
-            f"{first.count:,} of {first.size:,}{share} are {kind_title(first.kind)}, "
-            f"seen in the {first.seen_in}",
+            f"{first.count:,} of {first.size:,}{share} not finite, seen in the {first.seen_in}",
         )
     )
     if first.examples or first.stage in ("data", "forward", "loss"):

@@ -53,7 +53,7 @@ def test_the_founding_case_tells_all_on_one_screen():
         "failed again with the same bits",
         "op Conv2D",
         "vggrepro/model.py:143 in _convolution",
-        "3,402,117 of 6,422,528 (53 %) are Inf, seen in the compiled step",
+        "3,402,117 of 6,422,528 (53 %) not finite, seen in the compiled step",
         "16 x 28 x 28 x 512, from 0 to 5e34, all finite",
         "It began at step 0 in block1_conv1",
         "the initialiser 97 % sure",
