@@ -2,17 +2,21 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diagnostics import errors
 from vggrepro import cli
 from vggrepro.cli import main
-from vggrepro.config import TrainConfig
+from vggrepro.config import ARCHITECTURES, TrainConfig
+from vggrepro.config_options import command_line, given_values
 from vggrepro.run_directory import RunDirectory
 
 RUN_MAIN = "import sys; from vggrepro.cli import main; code = main(sys.argv[1:]); "
@@ -38,8 +42,8 @@ def trained(monkeypatch, tmp_path):
     """Replaces the trainer; returns what it was called with."""
     calls = SimpleNamespace(status="finished", error=None)
 
-    def train(config, run_dir, hooks, resume):
-        calls.config, calls.run_dir, calls.resume = config, run_dir, resume
+    def train(config, run_dir, hooks, resume, strict):
+        calls.config, calls.run_dir, calls.resume, calls.strict = config, run_dir, resume, strict
         if calls.error is not None:
             raise calls.error
         return SimpleNamespace(
@@ -227,7 +231,36 @@ def test_options_become_the_configuration(trained, tmp_path):
         scale_max=50,
         data=str(tmp_path / "images"),
     )
-    assert trained.run_dir == Path("mine") and trained.resume is False
+    assert trained.run_dir == Path("mine")
+    assert trained.resume is False and trained.strict is False
+
+
+@given(
+    arch=st.sampled_from(ARCHITECTURES),
+    lr=st.floats(min_value=1e-30, max_value=1e30),
+    flip=st.booleans(),
+    decay_biases=st.booleans(),
+    side=st.integers(1, 500),
+    margins=st.tuples(st.integers(0, 99), st.integers(0, 99)) | st.none(),
+)
+def test_the_command_of_a_configuration_gives_that_configuration(
+    arch, lr, flip, decay_biases, side, margins
+):
+    smallest = round(side * 256 / 224) if margins is None else side + margins[0]
+    config = TrainConfig(
+        arch=arch,
+        lr=lr,
+        flip=flip,
+        decay_biases=decay_biases,
+        image_size=side,
+        scale_min=smallest,
+        scale_max=smallest + (margins[1] if margins else 0),
+        data="a b",
+    )
+    program, *words = shlex.split(command_line(config))
+    options = cli.build_parser().parse_args(words)
+    assert program == "vggrepro"
+    assert TrainConfig(**given_values(options)) == config
 
 
 @pytest.mark.parametrize(
@@ -266,6 +299,11 @@ def test_no_option_makes_images_and_a_dated_run_directory(trained, monkeypatch, 
     assert "top-1 error 40.00 %, top-5 error 12.50 %" in output
     assert f"tensorboard --logdir {trained.run_dir}/tensorboard" in output
     assert f"vggrepro train --resume {trained.run_dir} --steps MORE" in output
+
+
+def test_strict_reaches_the_trainer(trained):
+    assert main("train --data . --strict".split()) == 0
+    assert trained.strict is True
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_exits_130(trained, capsys):

@@ -44,7 +44,7 @@ def given_values(options: argparse.Namespace) -> dict[str, Any]:
     if "scale" in options:
         values["scale_min"], values["scale_max"] = options.scale
     elif "image_size" in values:
-        values["scale_min"] = values["scale_max"] = round(values["image_size"] * PAPER_SCALE_RATIO)
+        values["scale_min"] = values["scale_max"] = _default_scale(values["image_size"])
     return values
 
 
@@ -63,21 +63,20 @@ def command_line(config: TrainConfig) -> str:
         if field.name == "scale_max" or field.name == "classes":
             continue  # --scale sets both ends; the number of classes is the data's
         if field.name == "scale_min":
-            if (value, config.scale_max) != _default_scale(config):
+            if {value, config.scale_max} != {_default_scale(config.image_size)}:
                 words += ["--scale", f"{value}:{config.scale_max}"]
         elif value != field.default:
-            option = field.name.replace("_", "-")
+            option = option_name(field.name)
             if isinstance(value, bool):
-                words.append(f"--{option}" if value else f"--no-{option}")
+                words.append(option if value else option.replace("--", "--no-", 1))
             else:
-                words += [f"--{option}", str(value)]  # str keeps every digit
+                words += [option, str(value)]  # str keeps every digit
     return shlex.join(words)
 
 
-def _default_scale(config: TrainConfig) -> tuple[int, int]:
-    """S where --scale is not given: (smallest, largest)."""
-    side = round(config.image_size * PAPER_SCALE_RATIO)
-    return side, side
+def _default_scale(image_size: int) -> int:
+    """S where --scale is not given, pixels."""
+    return round(image_size * PAPER_SCALE_RATIO)
 
 
 def _add_scale_option(group: argparse._ArgumentGroup) -> None:
