@@ -153,10 +153,15 @@ class Program(Protocol):
         ...
 
     def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
-        """Runs the step op by op (eagerly) under `tracer`, writing no state.
+        """Runs the step op by op (eagerly), writing no state or restoring what it wrote.
 
-        Calls `tracer.phase(...)` with 'forward', 'loss', 'backward' and 'update'
-        as it enters them; layers are name scopes.
+        The caller has entered `tracer`; functions run eagerly inside it. The
+        program calls `tracer.phase(...)` with 'forward', 'loss', 'backward' and
+        'update' as it enters them, keeps to the calling thread (no replicas of
+        `tf.distribute`), and runs each layer in a name scope that holds its name as
+        `facts` has it. The update should end in the new state's tensors or writes;
+        what `diagnostics.guard` computes is never taken for a fault, other norms and
+        metrics are best left out.
         """
         ...
 

@@ -144,6 +144,21 @@ def test_a_custom_gradient_shows_its_own_line_and_its_forward_layer():
     assert str(record.line).endswith("# own gradient")
 
 
+def test_a_sum_of_gradients_belongs_to_the_last_of_them():
+    weights = tf.Variable([1.0])
+    with OpTrace(layers=["a", "b"]) as tracer:
+        with tf.GradientTape() as tape:
+            with tf.name_scope("a"):
+                first = weights * 3e38
+            with tf.name_scope("b"):
+                second = weights * -3e38
+            loss = first - second * 1.0
+        tape.gradient(loss, weights)
+    record = only_origin(tracer).record
+    assert (record.op, record.phase, record.layer) == ("AddN", "backward", "a")
+    assert str(record.line).endswith("first = weights * 3e38")
+
+
 def test_gradient_functions_inside_the_loss_stay_in_the_loss():
     values = tf.Variable([4.0])
     with OpTrace() as tracer:
