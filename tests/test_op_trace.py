@@ -145,7 +145,7 @@ def test_a_custom_gradient_shows_its_own_line_and_its_forward_layer():
 
 
 def test_a_sum_of_gradients_belongs_to_the_last_of_them():
-    weights = tf.Variable([1.0])
+    weights = tf.Variable([0.1])
     with OpTrace(layers=["a", "b"]) as tracer:
         with tf.GradientTape() as tape:
             with tf.name_scope("a"):
