@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import tensorflow as tf
+
 from diagnostics.debugger_dump import dump_step
 from diagnostics.op_records import OpRecord
 from diagnostics.op_trace import OpTrace
@@ -53,10 +55,19 @@ def examine(run: ReplayableRun, step: int, progress: Progress = no_progress) -> 
     return HealthyStep(step, found.outcome, found.differences, tuple(records))
 
 
-def dump(run: ReplayableRun, step: int, directory: Path) -> None:
-    """Leaves a TensorBoard Debugger V2 dump of one step in `directory`."""
+def dump(run: ReplayableRun, step: int, directory: Path) -> str:
+    """Leaves a TensorBoard Debugger V2 dump of one step in `directory`.
+
+    Returns:
+      Why there is none; '' if there is.
+    """
     program = run.program()
     program.load(state_at(run, step))
     batch = needed_batch(run, step)
-    dump_step(directory, lambda: program.trace(batch, step, OpTrace()))
-    program.release()
+    try:
+        dump_step(directory, lambda: program.trace(batch, step, OpTrace()))
+    except tf.errors.OpError as error:  # an op that refuses its input, as a wrong label
+        return error.message.splitlines()[0]
+    finally:
+        program.release()
+    return ""

@@ -160,6 +160,8 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
     for part, what in (("packages", ""), ("variables", "environment variable ")):
         old, new = recorded.get(part, {}), current.get(part, {})
         for name in sorted(set(old) | set(new)):
+            if name.startswith("TF_CPP_"):
+                continue  # how much is logged
             if old.get(name) != new.get(name):
                 was, now = old.get(name, "not there"), new.get(name, "not there")
                 found.append(f"{what}{name}: {was} when recorded, {now} now")

@@ -101,7 +101,9 @@ def _diagnose(place: Path, reports: Path, options: argparse.Namespace) -> int:
         _write(found, target, directory)
         if found.first_nonfinite is not None:
             progress("Debugger V2 dump of the step", 0, 0)
-            dump(target, found.step, directory / "tensorboard")
+            missing = dump(target, found.step, directory / "tensorboard")
+            if missing:
+                print(f"no Debugger V2 dump: {missing}", file=sys.stderr)
     if options.bundle is not None:
         _pack(place, found.step, options)
     if options.json:
