@@ -108,20 +108,54 @@ def _class_numbers(evidence: Evidence) -> bool:
 def _outlier(evidence: Evidence) -> Iterator[Finding]:
     """An input far beyond what the steps before were fed."""
     recorded = input_absmax(evidence.telemetry)
-    _, largest = input_scale(evidence)
-    if recorded is None or largest == 0:
+    if recorded is None:
         return
-    before = recorded[(evidence.telemetry.steps < evidence.step) & np.isfinite(recorded)]
-    usual = float(np.median(before)) if before.size >= 3 else 0.0
-    if usual > 0 and largest > _OUTLIER * usual:
+    _, largest = input_scale(evidence)
+    usual, steps = _usual_input(evidence)
+    if steps and largest > _OUTLIER * usual:
         yield Finding(
             "data",
             4.0 if largest < 1e3 * usual else 6.0,
-            f"This batch holds an input of {number(largest)}; the {before.size:,} steps before "
+            f"This batch holds an input of {number(largest)}; the {steps:,} steps before "
             f"were fed at most {number(usual)} (median)",
         )
-    elif usual == 0.0:
+    elif not steps:
         yield from _lonely_peak(evidence)
+    yield from _outlier_at_onset(evidence, recorded)
+
+
+def _usual_input(evidence: Evidence) -> tuple[float, int]:
+    """(median of the largest inputs, number of steps) before the failing step.
+
+    (0, 0) if fewer than three steps were recorded.
+    """
+    recorded = input_absmax(evidence.telemetry)
+    if recorded is None:
+        return 0.0, 0
+    before = recorded[(evidence.telemetry.steps < evidence.step) & np.isfinite(recorded)]
+    usual = float(np.median(before)) if before.size >= 3 else 0.0
+    return (usual, before.size) if usual > 0 else (0.0, 0)
+
+
+def _outlier_at_onset(evidence: Evidence, recorded: np.ndarray) -> Iterator[Finding]:
+    """An outlier whose update threw the weights, so that a later step failed."""
+    steps, onset = evidence.telemetry.steps, evidence.onset
+    if onset is None or steps.size < 2:
+        return
+    near = (np.abs(steps - onset.step) <= 1) & (steps < evidence.step) & np.isfinite(recorded)
+    if not near.any() or near.all():
+        return
+    row = int(np.flatnonzero(near)[np.argmax(recorded[near])])
+    usual = float(np.median(np.delete(recorded, row)))
+    if usual > 0 and recorded[row] > _OUTLIER * usual:
+        yield Finding(
+            "data",
+            8.0 if recorded[row] > 1e3 * usual else 5.0,
+            f"Step {steps[row]}, where it began, was fed an input of {number(recorded[row])}; "
+            f"the other steps got at most {number(usual)} (median)",
+        )
+        # The update that followed was large because of that input, not of the rate.
+        yield Finding("learning_rate", -2.0)
 
 
 def _lonely_peak(evidence: Evidence) -> Iterator[Finding]:
@@ -157,6 +191,9 @@ def _suspect_examples(evidence: Evidence) -> Iterator[Finding]:
 
 def _unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
     rms, largest = input_scale(evidence)
+    usual, steps = _usual_input(evidence)
+    if steps and largest > _OUTLIER * usual:
+        return  # one outlier, not the scale of all
     if rms < _UNSCALED_RMS:
         yield Finding("data", -1.0)
         return

@@ -74,7 +74,8 @@ def _initialiser(evidence: Evidence, gains: list[LayerGain]) -> Iterator[Finding
         )
     note = evidence.facts.extra.get("init_note")
     if note:
-        yield Finding("init", 0.5, note)
+        # The weight only places the sentence; it says where the number comes from.
+        yield Finding("init", 2.6, note)
 
 
 def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:

@@ -73,7 +73,16 @@ def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]
     names = ", ".join(signals.dead_layers[:3])
     since = signals.dead_since or 0
     text = f"Every unit of {names} is dead since step {since} (no pre-activation above 0)"
-    if since > 0:
+    amplified = gain_bits(layer_gains(evidence))[0]
+    if since > 0 and amplified > 3.0:
+        yield Finding(
+            "init",
+            3.0,
+            f"The initial weights multiply the signal by {number(2.0**amplified)} from input to "
+            "output, and the first updates with it",
+        )
+        yield Finding("init", 0.5, text)
+    elif since > 0:
         yield Finding("learning_rate", 3.0, f"{text}: an update before that pushed it there")
     else:
         yield Finding("architecture", 2.0, f"{text}: nothing behind it ever gets a gradient")

@@ -25,7 +25,7 @@ __all__ = ["Evidence", "judge"]
 UNKNOWN_WEIGHT = 1.5  # log-odds that what speaks for no cause is given
 _NEEDED = 0.5  # share of the best cause, below which we abstain
 _SUREST = 0.98
-_SENTENCES = 6
+_SENTENCES = 7
 
 
 def judge(evidence: Evidence) -> Cause:
@@ -77,4 +77,6 @@ def _abstention(findings: list[Finding], shares: dict[str, float], total: float)
     lead = "The evidence does not single out one cause"
     if not hints:
         lead = "Nothing in the recording or the replay points to a cause"
-    return Cause("unknown", round(math.exp(UNKNOWN_WEIGHT) / total, 2), (lead, *hints))
+    return Cause(
+        "unknown", round(min(math.exp(UNKNOWN_WEIGHT) / total, _SUREST), 2), (lead, *hints)
+    )

@@ -38,6 +38,8 @@ AMPLIFIED = 1e3  # largest pre-activation over largest input of a healthy first 
 HUGE_GRADIENT = 1e6
 _SMALLEST_RISE = 4.0  # bits
 _SMALLEST_WEIGHT_RISE = 3.0
+_JUMP = 8.0  # bits in one step
+_SMALL_UPDATE = 0.1
 _TINIEST = 2.0**-149
 
 
@@ -145,10 +147,27 @@ def _rise(series: _Series, telemetry: Telemetry) -> _Rise | None:
     if start == last - 1:
         first = last if _overwritten(series, telemetry) else start
         return _Rise(series, first, int(telemetry.steps[first]), float(bits[last] - bits[start]))
+    if _came_with_its_batch(series, telemetry, bits, start + 1):
+        return _Rise(series, start + 1, int(telemetry.steps[start + 1]), float(bits[-1]) - usual)
     # The rise had begun before it left the tolerance: follow its slope back.
     slope = (float(bits[-1]) - float(bits[start])) / (last - start)
     first = max(0, start - int(tolerance / slope))
     return _Rise(series, first, int(telemetry.steps[first]), float(bits[-1] - bits[first]))
+
+
+def _came_with_its_batch(series: _Series, telemetry: Telemetry, bits: np.ndarray, row: int) -> bool:
+    """Whether a quantity jumped although the weights had hardly changed since the row before.
+
+    Then that row's own batch made it jump, not an update before it.
+    """
+    if series.quantity == "weight_norm" or bits[row] - bits[row - 1] < _JUMP:
+        return False
+    ratios = [
+        column[row]
+        for layer in layer_names(telemetry)
+        if (column := layer_column(telemetry, layer, "update_ratio")) is not None
+    ]
+    return bool(ratios) and max(ratios) < _SMALL_UPDATE
 
 
 def _overwritten(series: _Series, telemetry: Telemetry) -> bool:

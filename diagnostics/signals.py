@@ -155,14 +155,16 @@ def _finite_absmax(stats: TensorStats) -> float:
 
 
 def amplification(evidence: Evidence) -> tuple[float, str] | None:
-    """(largest pre-activation over largest input, its layer) of the first recorded step.
+    """(largest finite pre-activation over largest input, its layer) of the first recorded step.
 
     None if that was not recorded.
     """
     inputs = input_absmax(evidence.telemetry)
     if not evidence.telemetry.steps.size:
         return None
-    row = {n: v for n, v in preactivations_of_row(evidence.telemetry, 0).items() if v == v}
+    row = {
+        n: v for n, v in preactivations_of_row(evidence.telemetry, 0).items() if math.isfinite(v)
+    }
     if inputs is None or not row or not np.isfinite(inputs[0]) or inputs[0] == 0:
         return None
     layer = max(row, key=lambda name: row[name])
