@@ -13,7 +13,9 @@ import math
 import numpy as np
 
 from diagnostics.culprits import Trials, leave_out_search, odd_rows
-from diagnostics.op_records import Hit
+from diagnostics.diagnosis import FirstNonfinite
+from diagnostics.op_domains import domain_fault
+from diagnostics.op_records import HitDetails
 from diagnostics.protocol import Batch, Program, ReplayableRun, State
 from diagnostics.tensor_stats import largest_finite
 
@@ -24,12 +26,6 @@ ODD_FACTOR, UNUSUAL_FACTOR = 100.0, 10.0
 # Rows with less room than this share of the type's exponent range are about to
 # overflow themselves: 32 of float32's 128 bits, 4 of float16's 16.
 NEAR_LIMIT = 0.25
-# Ops with poles or a limited domain: they give infinity or NaN without large numbers.
-# From finite inputs any other op does so by overflow alone (NaN as inf - inf inside it).
-_POLES = frozenset(
-    "Acos Acosh Asin Atanh Digamma Div Inv InvGrad Lgamma Log Log1p Pow RealDiv Reciprocal "
-    "ReciprocalGrad Rsqrt RsqrtGrad Sqrt SqrtGrad Xdivy Xlogy Xlog1py Zeta".split()
-)
 
 
 def examples_at_fault(
@@ -38,19 +34,21 @@ def examples_at_fault(
     state: State,
     batch: Batch,
     step: int,
-    hit: Hit | None,
+    place: FirstNonfinite,
+    details: HitDetails | None,
 ) -> tuple[int, ...]:
     """Rows of the batch that are to blame; empty if the data is innocent.
 
     Args:
-      hit: where the op-by-op replay saw the non-finite value begin, if it did.
+      place: where the step failed, as far as it is known without its examples.
+      details: rows of the op at fault, if the op-by-op replay showed it.
     """
     odd, unusual = odd_rows(batch, ODD_FACTOR), odd_rows(batch, UNUSUAL_FACTOR)
-    own = _own_rows(hit)
+    own, overflowed = _own_rows(details), _overflowed(place, details)
     # Ordinary numbers overflow only where the weights or the formula make them large.
-    if _overflowed(hit) and not unusual:
+    if overflowed and not unusual:
         return ()
-    if own and not odd and _weights_exploded(hit, own):
+    if own and not odd and _weights_exploded(details, own, overflowed):
         return ()
     trials = Trials(program, state, batch, step)
     others_pass = _other_batches_pass(run, trials, batch, step)
@@ -62,7 +60,7 @@ def examples_at_fault(
             break
     else:
         found = leave_out_search(trials)
-    if _overflowed(hit) and not set(found) & set(unusual):
+    if overflowed and not set(found) & set(unusual):
         return ()
     # With no other batch to compare, only rows that are few or stick out are blamed.
     if others_pass is None and not set(found) <= set(odd) and 4 * len(found) > trials.rows:
@@ -70,16 +68,22 @@ def examples_at_fault(
     return found
 
 
-def _own_rows(hit: Hit | None) -> tuple[int, ...] | None:
+def _own_rows(details: HitDetails | None) -> tuple[int, ...] | None:
     """Rows of the op's output that are not finite; None where it has no rows."""
-    if hit is None or hit.details is None or hit.details.row_counts is None:
+    if details is None or details.row_counts is None:
         return None
-    return tuple(np.flatnonzero(hit.details.row_counts).tolist())
+    return tuple(np.flatnonzero(details.row_counts).tolist())
 
 
-def _weights_exploded(hit: Hit | None, own: tuple[int, ...]) -> bool:
+def _overflowed(place: FirstNonfinite, details: HitDetails | None) -> bool:
+    """Whether numbers grew too large, as opposed to a pole such as log(0) or 1/0."""
+    if details is None or any(given.nonfinite for given in place.inputs):
+        return False
+    return domain_fault(place, half=details.dtype == np.float16) is None
+
+
+def _weights_exploded(details: HitDetails | None, own: tuple[int, ...], overflowed: bool) -> bool:
     """Whether every row is at fault, or the other rows are about to overflow as well."""
-    details = None if hit is None else hit.details
     if details is None or details.row_absmax is None:
         return False
     rest = np.delete(details.row_absmax, own)
@@ -88,12 +92,7 @@ def _weights_exploded(hit: Hit | None, own: tuple[int, ...]) -> bool:
     limit = math.log2(largest_finite(details.dtype))
     middle = float(np.median(rest))
     room = (limit - math.log2(middle)) / limit if middle > 0.0 else 1.0
-    return _overflowed(hit) and room < NEAR_LIMIT
-
-
-def _overflowed(hit: Hit | None) -> bool:
-    """Whether numbers grew too large, as opposed to a pole such as log(0) or 1/0."""
-    return hit is not None and hit.origin and hit.record.op not in _POLES
+    return overflowed and room < NEAR_LIMIT
 
 
 def _other_batches_pass(run: ReplayableRun, trials: Trials, batch: Batch, step: int) -> bool | None:

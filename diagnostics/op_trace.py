@@ -179,7 +179,9 @@ class OpTrace:
         bookkeeping: bool,
     ) -> None:
         """Adds the op to the flow of non-finite values."""
-        parents = {id(hit): hit for t in inputs if (hit := self._bad.get(t._id)) is not None}
+        # Assigning takes the new value, not the one that the variable held.
+        taken = inputs[1:] if record.op == "AssignVariableOp" else inputs
+        parents = {id(hit): hit for t in taken if (hit := self._bad.get(t._id)) is not None}
         if np.isfinite(record.absmax):
             for tensor, _ in results:
                 self._bad.pop(tensor._id, None)  # a variable overwritten with finite values

@@ -10,6 +10,7 @@ source are None, and count and size 0.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import tensorflow as tf
@@ -51,14 +52,17 @@ def locate(
     standing = in_batch(run, program, state, batch, step, outcome) or in_state(run.facts, state)
     if standing is not None:
         return standing
-    hit = _replayed_origin(run, program, state, batch, step, outcome)
-    rows = examples_at_fault(run, program, state, batch, step, hit)
+    program.load(state)
+    hit = first_origin(_trace(run, program, batch, step), outcome.failed)
+    place = _by_check(outcome) if hit is None else _by_hit(hit, outcome)
+    details = None if hit is None else hit.details
+    rows = examples_at_fault(run, program, state, batch, step, place, details)
     names = run.example_names(batch)
-    examples = tuple(names[row][0] for row in rows)
-    example_names = tuple(names[row][1] for row in rows)
-    if hit is None:
-        return _by_check(outcome, examples, example_names)
-    return _by_hit(hit, outcome, examples, example_names)
+    return dataclasses.replace(
+        place,
+        examples=tuple(names[row][0] for row in rows),
+        example_names=tuple(names[row][1] for row in rows),
+    )
 
 
 def trace_healthy(run: ReplayableRun, program: Program, batch: Batch, step: int) -> list[OpRecord]:
@@ -82,21 +86,7 @@ def _trace(run: ReplayableRun, program: Program, batch: Batch, step: int) -> OpT
     return tracer
 
 
-def _replayed_origin(
-    run: ReplayableRun,
-    program: Program,
-    state: State,
-    batch: Batch,
-    step: int,
-    outcome: StepOutcome,
-) -> Hit | None:
-    program.load(state)
-    return first_origin(_trace(run, program, batch, step), outcome.failed)
-
-
-def _by_hit(
-    hit: Hit, outcome: StepOutcome, examples: tuple[int, ...], names: tuple[str, ...]
-) -> FirstNonfinite:
+def _by_hit(hit: Hit, outcome: StepOutcome) -> FirstNonfinite:
     record, details = hit.record, hit.details
     layer = record.layer
     if record.phase == "update" and layer is None:
@@ -112,16 +102,12 @@ def _by_hit(
         kind=hit.kind,
         count=0 if details is None else details.count,
         size=0 if details is None else details.size,
-        examples=examples,
-        example_names=names,
         inputs=() if details is None else details.inputs,
         seen_in=COMPILED if confirmed else OP_BY_OP,
     )
 
 
-def _by_check(
-    outcome: StepOutcome, examples: tuple[int, ...], names: tuple[str, ...]
-) -> FirstNonfinite:
+def _by_check(outcome: StepOutcome) -> FirstNonfinite:
     check = outcome.failed[0]
     values = [outcome.telemetry.get(name, 0.0) for name in _columns(check)]
     infinite = any(map(math.isinf, values)) and not any(map(math.isnan, values))
@@ -133,8 +119,6 @@ def _by_check(
         kind="inf" if infinite else "nan",
         count=0,
         size=0,
-        examples=examples,
-        example_names=names,
         seen_in=COMPILED,
     )
 
