@@ -79,7 +79,7 @@ def index_folder(root: str | os.PathLike[str], split: str) -> ExampleIndex:
         for file_name, size in _image_files(base / split / class_name):
             paths.append(f"{split}/{class_name}/{file_name}")
             labels.append(label)
-            digest.update(f"{paths[-1]}\0{label}\0{size}\n".encode())
+            digest.update(_utf8(f"{paths[-1]}\0{label}\0{size}\n"))
     return ExampleIndex(
         base,
         split,
@@ -88,6 +88,13 @@ def index_folder(root: str | os.PathLike[str], split: str) -> ExampleIndex:
         tuple(classes[split]),
         digest.hexdigest(),
     )
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"file name {text!a} is not valid UTF-8", "Rename the file") from error
 
 
 def _class_names(base: Path, split: str) -> list[str]:
@@ -103,14 +110,21 @@ def _class_names(base: Path, split: str) -> list[str]:
 
 def _image_files(folder: Path) -> list[tuple[str, int]]:
     """Sorted (file name, size in bytes) of a class directory."""
-    with os.scandir(folder) as entries:
-        files = sorted((e.name, e.stat().st_size) for e in entries if not e.name.startswith("."))
-    if not files:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(
+                (e.name, e.is_file(), e.stat().st_size)
+                for e in entries
+                if not e.name.startswith(".")
+            )
+    except OSError as error:
+        raise InputError(f"cannot list {folder}: {error.strerror}", _LAYOUT) from error
+    if not found:
         raise InputError(f"class directory {folder} is empty", "Add images or remove it")
-    for name, _ in files:
-        if not name.lower().endswith(_SUFFIXES):
+    for name, is_file, _ in found:
+        if not (is_file and name.lower().endswith(_SUFFIXES)):
             raise InputError(f"{folder / name} is not a .JPEG file", "Convert it or move it away")
-    return files
+    return [(name, size) for name, _, size in found]
 
 
 class TrainingStream:
@@ -135,7 +149,7 @@ class TrainingStream:
         self._order_key = fold_in(seed, STREAM_ORDER)
         self._augment_key = fold_in(seed, STREAM_AUGMENT)
         self._one_batch = tf.function(
-            lambda step: self._batches(step).take(1).get_single_element(),
+            lambda step: self._batches(step, step + 1).get_single_element(),
             input_signature=[tf.TensorSpec([], tf.int64)],
         )
 
@@ -145,7 +159,7 @@ class TrainingStream:
 
     def stream(self, first_step: int) -> tf.data.Dataset:
         """An endless dataset of the batches from `first_step` on, prefetched."""
-        return self._batches(tf.constant(first_step, tf.int64)).prefetch(2)
+        return self._batches(tf.constant(first_step, tf.int64), tf.int64.max).prefetch(2)
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
@@ -155,8 +169,8 @@ class TrainingStream:
         """Path of an example, relative to the data directory."""
         return self.index.name_of(example_id)
 
-    def _batches(self, first_step: tf.Tensor) -> tf.data.Dataset:
-        rows = tf.data.Dataset.range(first_step, tf.int64.max).map(self._plan).unbatch()
+    def _batches(self, first_step: tf.Tensor, end_step: tf.Tensor | int) -> tf.data.Dataset:
+        rows = tf.data.Dataset.range(first_step, end_step).map(self._plan).unbatch()
         examples = rows.map(self._example, num_parallel_calls=_threads(), deterministic=True)
         return _with_options(examples.batch(self.batch_size, drop_remainder=True))
 
@@ -184,7 +198,8 @@ def shuffled(indices: tf.Tensor, seeds: tf.Tensor, count: int) -> tf.Tensor:
 
     Args:
       indices: int64 [n], each in [0, count).
-      seeds: int64 [n], each in [0, 2^63).
+      seeds: int64 [n], each in [0, 2^63) and hashed (`fold_in`): the op gives related
+        seeds related permutations.
     Returns:
       int64 [n].
     """
@@ -280,12 +295,11 @@ def _fault_of(path: Path) -> str:
         return f"cannot be read ({error.strerror})"
     if not content:
         return "the file is empty"
-    if not content.startswith(_JPEG_MAGIC):
-        return "not a JPEG file"
     try:
         tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE")
     except tf.errors.InvalidArgumentError:
-        return "truncated or damaged JPEG data"
+        is_jpeg = content.startswith(_JPEG_MAGIC)
+        return "truncated or damaged JPEG data" if is_jpeg else "not a JPEG file"
     return ""
 
 
