@@ -101,7 +101,7 @@ class Hit:
         """
         self.details = details
         self.on_purpose = inf_fed and not nan_fed and details.nan == 0
-        self.origin = not (self.bookkeeping or nan_fed or self.on_purpose)
+        self.origin = not (nan_fed or self.on_purpose)
 
 
 def describe_hit(

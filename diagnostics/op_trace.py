@@ -191,7 +191,7 @@ class OpTrace:
         hit = Hit(record, tuple(parents.values()), bookkeeping=bookkeeping)
         if record.op in _READS:
             hit.from_state = not parents
-        elif not parents or all(parent.on_purpose for parent in parents.values()):
+        elif not bookkeeping and all(parent.on_purpose for parent in parents.values()):
             arrays = [array for _, array in results]
             hit.begin(*describe_hit(record.op, inputs, arrays, self._batch_size))
         for parent in parents.values():

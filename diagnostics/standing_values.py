@@ -26,13 +26,15 @@ def in_batch(
 
     A net may ignore such a value (a masked feature, a label that means 'none'),
     so it counts only where a check of the data failed, or where the compiled
-    step passes once these rows are replaced by others.
+    step passes once these rows are replaced by others, or these values by 0.
     """
     checked = any(check.stage == "data" for check in outcome.failed)
     names = run.example_names(batch)
     for name, bad in _suspects(run.facts, batch):
         rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1)).tolist() if bad.ndim else []
-        if not (checked or Trials(program, state, batch, step).survives_without(rows)):
+        trials = Trials(program, state, batch, step)
+        mended = {**batch, name: np.where(bad, np.zeros((), batch[name].dtype), batch[name])}
+        if not (checked or trials.survives_without(rows) or trials.survives(mended)):
             continue
         stats = describe(batch[name])
         return FirstNonfinite(

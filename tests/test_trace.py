@@ -197,6 +197,25 @@ def test_a_value_that_the_net_ignores_is_not_the_place():
     assert (found.stage, found.layer) == ("forward", "dense3")
 
 
+class Unguarded(ToyProgram):
+    """Its guard does not look at the data."""
+
+    def run(self, batch: Batch, step: int) -> StepOutcome:
+        outcome = super().run(batch, step)
+        failed = tuple(check for check in outcome.failed if check.stage != "data")
+        return dataclasses.replace(outcome, failed=failed)
+
+
+@pytest.mark.parametrize("rows", [[2], list(range(8))])
+def test_bad_input_is_found_where_no_check_looks_at_it(rows):
+    config = ToyConfig()
+    batch = poisoned_batch(config, dict.fromkeys(rows, np.nan))
+    program = Unguarded(config)
+    found = locate_with(ToyRun(config), program, initial_state(config), batch, 0)
+    assert (found.stage, found.count) == ("data", 6 * len(rows))
+    assert found.examples == ids(batch, *rows)
+
+
 @pytest.mark.parametrize("group", ["params", "momentum"])
 def test_a_damaged_array_is_named(group):
     found = located(ToyConfig(overwritten=(3, f"{group}/dense2/kernel")))
