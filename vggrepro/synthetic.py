@@ -94,7 +94,7 @@ def _holds(target: Path, parameters: dict[str, int]) -> bool:
     marker = target / MARKER
     try:
         found = json.loads(marker.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return False
         raise InputError(
