@@ -185,7 +185,7 @@ class OpTrace:
         if np.isfinite(record.absmax):
             for tensor, _ in results:
                 self._bad.pop(tensor._id, None)  # a variable overwritten with finite values
-            for hit in parents.values():
+            for hit in () if bookkeeping else parents.values():
                 hit.removed = True
             return
         hit = Hit(record, tuple(parents.values()), bookkeeping=bookkeeping)

@@ -33,7 +33,7 @@ def first_origin(tracer: OpTrace, failed: Sequence[Check]) -> Hit | None:
 def mark_live(hits: Sequence[Hit]) -> None:
     """Marks the hits whose values some op turned into finite ones as not live."""
     for hit in reversed(hits):  # consumers come after their producers
-        if hit.consumers:
+        if hit.consumers and not hit.bookkeeping:
             hit.live = any(consumer.live for consumer in hit.consumers)
         else:
             hit.live = not hit.removed

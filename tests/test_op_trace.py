@@ -205,6 +205,18 @@ def test_a_value_that_the_guard_saw_is_live():
     assert all(hit.bookkeeping and not hit.origin for hit in tracer.hits[1:])
 
 
+def test_what_the_guard_reads_stays_live_whatever_becomes_of_the_reading():
+    with OpTrace() as tracer:
+        values = tf.math.log([-1.0])
+        guard.exact_norm([values])  # puts 1 for a scale that is NaN
+        seen = guard.extremes(values)
+        tf.where(seen > 0, seen, 0.0)
+    mark_live(tracer.hits)
+    inside = [hit for hit in tracer.hits if hit.bookkeeping and hit.record.op in ("Max", "Min")]
+    assert len(inside) == 4 and all(hit.live and not hit.removed for hit in inside)
+    assert tracer.hits[0].live
+
+
 def test_the_guards_own_arithmetic_is_never_an_origin():
     with OpTrace() as tracer:
         guard.squares([[tf.fill([4], 1e30)]])
