@@ -18,15 +18,16 @@ import tensorflow as tf
 
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, native
 from diagnostics.keras_probe import Plan, probe
+from diagnostics.keras_readings import apart, extremes
 from diagnostics.keras_taps import Recorder, Tap, recording
 from diagnostics.keras_update import (
     Group,
     Update,
     exact_sight,
-    gated_update,
     global_norm,
     gradients_exempt,
     group_by_layer,
+    guarded_update,
     new_state_finite,
 )
 from diagnostics.protocol import Check, State
@@ -141,7 +142,7 @@ class _Trace:
         if self._plan.gate:
             clear = self._all_clear(self._before_update())
             limit = self._step.limits[1]
-            update = gated_update(
+            update = guarded_update(
                 optimizer, lambda: apply(grads, variables), groups, clear, touched, limit
             )
         else:
@@ -185,6 +186,7 @@ class _Trace:
             kind, _, rest = name.partition("/")
             if kind == "statistics" and before.dtype.is_floating:
                 after = tf.identity(self._variables[name])
+                after = apart(after) if self._step.model.jit_compile else after
                 # What was infinite by the user's own wish may stay so.
                 kept = tf.logical_or(tf.math.is_finite(after), ~tf.math.is_finite(before))
                 by_layer.setdefault(rest.rpartition("/")[0], []).append(tf.reduce_all(kept))
@@ -323,24 +325,12 @@ def _sight_of_taps(taps: Sequence[Tap], hard: bool = True) -> tuple[_Sight, tf.T
     checks = [tap.check for tap in taps]
     if not taps:
         return _Sight([], _stacked([]), hard), tf.zeros([0, 2], tf.float32)
-    pairs = tf.stack([_extremes(tap.tensor) for tap in taps])
+    pairs = tf.stack([extremes(tap.tensor) for tap in taps])
     finite = tf.math.is_finite(pairs)
     lenient = tf.constant([tap.lenient for tap in taps])
     low = tf.logical_or(finite[:, 1], tf.logical_and(lenient, pairs[:, 1] == -np.inf))
     high = tf.logical_or(finite[:, 0], tf.logical_and(lenient, pairs[:, 0] == -np.inf))
     return _Sight(checks, tf.logical_and(low, high), hard), pairs
-
-
-def _extremes(tensor: tf.Tensor) -> tf.Tensor:
-    """float32 [2]: maximum and minimum; not finite only if an element is not; 0 if empty."""
-    pair = tf.stack([tf.reduce_max(tensor), tf.reduce_min(tensor)])
-    if tensor.dtype == tf.float64:
-        limit = tf.cast(tf.float32.max, tf.float64)
-        pair = tf.where(tf.math.is_finite(pair), tf.clip_by_value(pair, -limit, limit), pair)
-    pair = tf.cast(pair, tf.float32)
-    if tensor.shape.is_fully_defined():
-        return pair
-    return tf.where(tf.size(tensor) > 0, pair, tf.zeros([2]))
 
 
 def _stacked(flags: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -237,6 +237,9 @@ def _shadow(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], N
     return lambda: object.__delattr__(owner, name)
 
 
+_LOSS_ARGUMENTS = ("x", "y", "y_pred", "sample_weight", "training")
+
+
 def _takes_class_numbers(model: Any) -> bool:
     loss = getattr(model, "loss", None)
     name = loss if isinstance(loss, str) else getattr(loss, "name", "")
@@ -248,8 +251,13 @@ def _overheard_loss(model: Any, compute_loss: Callable[..., Any]) -> Callable[..
         recorder = _local.recorder
         if recorder is None:
             return compute_loss(*args, **kwargs)
-        if _takes_class_numbers(model) and tf.is_tensor(kwargs.get("y")):
-            kwargs["y"] = recorder.checked_labels(kwargs["y"], kwargs.get("y_pred"))
+        given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
+        if _takes_class_numbers(model) and tf.is_tensor(given.get("y")):
+            checked = recorder.checked_labels(given["y"], given.get("y_pred"))
+            if "y" in kwargs:
+                kwargs["y"] = checked
+            else:
+                args = (args[0], checked, *args[2:])
         loss = compute_loss(*args, **kwargs)
         recorder.note_loss(loss)
         return loss

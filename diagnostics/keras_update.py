@@ -1,10 +1,10 @@
-"""The gated optimizer update of a Keras step: applied whole, or not at all.
+"""The optimizer update of a Keras step: applied whole, or not at all.
 
-The fast level takes norms of gradients, weights and slots; where they bound
-every element of the new state, the update is applied and nothing is copied.
+The fast level takes norms of gradients, weights and slots; where they prove that
+every element of the new state is finite, the update runs and nothing is copied.
 Where they do not, or for an optimizer without a known bound, the careful level
-looks at every element, applies the update to a state it can put back, and looks
-at the result.
+looks at every element, keeps the old state, lets the update run, looks at the
+result and puts the old state back if it must.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from diagnostics.guard import SAFE_BOUND, all_finite, exact_norm
 from diagnostics.keras_names import LayerNames, native
+from diagnostics.keras_readings import second_reading
 
 # With an epsilon > 0 in the denominator these move a weight by at most
 # learning rate * _AMPLIFICATION * (|slots| + |gradient|) / epsilon.
@@ -70,7 +71,7 @@ def group_by_layer(
         label = names.owner(variable)
         group = groups.setdefault(label, Group(label, [], [], []))
         # Of an embedding's IndexedSlices, the rows that were looked up.
-        group.gradients.append(getattr(gradient, "values", gradient))
+        group.gradients.append(second_reading(getattr(gradient, "values", gradient)))
         group.weights.append(native(variable))
         group.slots.extend(slots[index])
     return list(groups.values())
@@ -89,7 +90,7 @@ def _slots_by_weight(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]
     return found
 
 
-def gated_update(
+def guarded_update(
     optimizer: Any,
     apply: Callable[[], Any],
     groups: Sequence[Group],
@@ -97,7 +98,10 @@ def gated_update(
     touched: Sequence[Any],
     limit: tf.Tensor,
 ) -> Update:
-    """Runs `apply` if all is finite before and after; else nothing is written.
+    """Runs `apply`; puts back what it wrote unless all is finite before and after.
+
+    `apply` stays in the graph around it, because grappler rewrites products of
+    gradient and learning rate across their border, and the bits with them.
 
     Args:
       clear: bool scalar, whether everything before the update was finite.
@@ -105,68 +109,75 @@ def gated_update(
       limit: float32 scalar; a larger global gradient norm is refused too.
     """
     exempt = gradients_exempt(optimizer)
+    sight, sure = _fast_sight(optimizer, groups, clear, touched, limit)
 
-    def careful() -> Update:
-        return _careful(apply, groups, clear, exempt, touched, limit)
+    def careful() -> tuple[_Sight, list[tf.Tensor]]:
+        return _careful_sight(groups, clear, exempt, limit), [tf.identity(v) for v in touched]
 
-    bounded = _has_bound(optimizer, touched)
-    if not bounded:
-        return careful()
+    def fast() -> tuple[_Sight, list[tf.Tensor]]:
+        return sight, [tf.zeros([0], v.dtype) for v in touched]
+
+    seen, saved = tf.cond(sure, fast, careful)
+    seen = _Sight(*seen)
+    apply()
+    every = tf.ones([len(groups)], tf.bool)
+
+    def judge() -> tuple[tf.Tensor, tf.Tensor]:
+        state = tf.logical_or(new_state_finite(groups, touched), ~seen.good)
+        good = tf.logical_and(seen.good, tf.reduce_all(state))
+        return tf.cond(good, lambda: tf.constant(True), lambda: _put_back(touched, saved)), state
+
+    applied, state = tf.cond(sure, lambda: (tf.constant(True), every), judge)
+    gradients = tf.logical_or(seen.gradients, exempt)
+    return Update(applied, gradients, seen.weights, state, seen.gradient_norms, seen.weight_norms)
+
+
+class _Sight(NamedTuple):
+    """What was seen before the update; `good`: nothing speaks against it."""
+
+    good: tf.Tensor
+    gradients: tf.Tensor
+    weights: tf.Tensor
+    gradient_norms: tf.Tensor
+    weight_norms: tf.Tensor
+
+
+def _fast_sight(
+    optimizer: Any,
+    groups: Sequence[Group],
+    clear: tf.Tensor,
+    touched: Sequence[Any],
+    limit: tf.Tensor,
+) -> tuple[_Sight, tf.Tensor]:
+    """Norms, and whether they prove that the new state will be finite."""
+    if not _has_bound(optimizer, touched):
+        nothing, zeros = tf.zeros([len(groups)], tf.bool), tf.zeros([len(groups)])
+        return _Sight(tf.constant(False), nothing, nothing, zeros, zeros), tf.constant(False)
     norm = {
         kind: tf.stack([_fast_norm(getattr(group, kind)) for group in groups])
         for kind in ("gradients", "weights", "slots")
     }
     # NaN compares as false, so a NaN norm is not conclusive either.
     conclusive = _bound(optimizer, norm) < SAFE_BOUND
-
-    def fast() -> Update:
-        apply()
-        return Update(
-            tf.constant(True),
-            conclusive,
-            conclusive,
-            conclusive,
-            norm["gradients"],
-            norm["weights"],
-        )
-
     within = tf.norm(norm["gradients"]) <= limit
-    sure = tf.logical_and(tf.reduce_all(conclusive), within)
-    return Update(*tf.cond(tf.logical_and(clear, sure), fast, careful))
+    sure = tf.logical_and(clear, tf.logical_and(tf.reduce_all(conclusive), within))
+    return _Sight(sure, conclusive, conclusive, norm["gradients"], norm["weights"]), sure
 
 
-def _careful(
-    apply: Callable[[], Any],
-    groups: Sequence[Group],
-    clear: tf.Tensor,
-    exempt: tf.Tensor,
-    touched: Sequence[Any],
-    limit: tf.Tensor,
-) -> Update:
+def _careful_sight(
+    groups: Sequence[Group], clear: tf.Tensor, exempt: tf.Tensor, limit: tf.Tensor
+) -> _Sight:
     gradients, weights, gradient_norms, weight_norms = exact_sight(groups)
     within = tf.logical_and(tf.reduce_all(gradients), global_norm(gradient_norms) <= limit)
-    before = tf.logical_and(clear, tf.reduce_all(weights))
-    before = tf.logical_and(before, tf.logical_or(exempt, within))
+    good = tf.logical_and(clear, tf.reduce_all(weights))
+    good = tf.logical_and(good, tf.logical_or(exempt, within))
+    return _Sight(good, gradients, weights, gradient_norms, weight_norms)
 
-    def attempt() -> tuple[tf.Tensor, tf.Tensor]:
-        saved = [tf.identity(variable) for variable in touched]
-        apply()
-        state = new_state_finite(groups, touched)
-        good = tf.reduce_all(state)
 
-        def put_back() -> tf.Tensor:
-            for variable, value in zip(touched, saved, strict=True):
-                variable.assign(value)
-            return tf.constant(False)
-
-        return tf.cond(good, lambda: tf.constant(True), put_back), state
-
-    def refuse() -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.constant(False), tf.ones([len(groups)], tf.bool)
-
-    applied, state = tf.cond(before, attempt, refuse)
-    gradients = tf.logical_or(gradients, exempt)
-    return Update(applied, gradients, weights, state, gradient_norms, weight_norms)
+def _put_back(touched: Sequence[Any], saved: Sequence[tf.Tensor]) -> tf.Tensor:
+    for variable, value in zip(touched, saved, strict=True):
+        variable.assign(tf.reshape(value, variable.shape))
+    return tf.constant(False)
 
 
 def exact_sight(

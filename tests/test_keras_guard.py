@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras_models import BATCH, STEPS, Fitted, L, compiled, data, mlp, poisoned
 
 from diagnostics import NumericGuard
 from diagnostics.errors import InputError
 from diagnostics.incident import read_incident
-from keras_models import BATCH, STEPS, Fitted, L, compiled, data, mlp, poisoned
 
 CHECK_OF = {"forward": "pre-activation", "loss": "loss", "data": "input"}
 
@@ -124,7 +124,10 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, name, stage, layer):
 
 def test_an_update_that_is_not_finite_is_refused(tmp_path):
     def build() -> keras.Model:
-        return compiled(mlp(), optimizer=keras.optimizers.SGD(3e38))
+        def steep(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+            return 1e3 * tf.reduce_mean(y_pred, axis=-1)
+
+        return compiled(mlp(), loss=steep, optimizer=keras.optimizers.SGD(3e38))
 
     before = Fitted(build, *data(), epochs=0)
     stopped = Fitted(build, *data(), tmp_path / "run")

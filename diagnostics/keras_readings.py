@@ -1,0 +1,85 @@
+"""Reading tensors of a graph so that the graph computes the same bits as without.
+
+Grappler reorders chains of products and sums, but leaves a link of the chain
+alone that has a second reader: a guard that reads it changes the bits of what
+follows. So sums and products are read from ops of the guard's own, and a sum of
+a large tensor and a bias is not computed again at all: its extremes follow from
+those of each channel. XLA fuses otherwise; there `optimization_barrier` keeps the
+guard's reading apart where that was seen to matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla
+from tensorflow.core.framework import attr_value_pb2
+
+_CHAIN = {"Mul": tf.raw_ops.Mul, "Add": tf.raw_ops.Add, "AddV2": tf.raw_ops.AddV2}
+
+
+def second_reading(tensor: Any) -> Any:
+    """The same number by ops of their own, as far up as products and sums go."""
+    operation = _operation(tensor)
+    if operation is None or not _is_chain(operation):
+        return tensor
+    inputs = [second_reading(value) for value in operation.inputs]
+    # Without a mark, common subexpressions would become one op again.
+    mark = attr_value_pb2.AttrValue(b=True)
+    with tensor.graph._attr_scope({"_numeric_guard": mark}):
+        if operation.type == "AddN":
+            return tf.raw_ops.AddN(inputs=inputs)
+        return _CHAIN[operation.type](x=inputs[0], y=inputs[1])
+
+
+def extremes(tensor: tf.Tensor) -> tf.Tensor:
+    """float32 [2]: maximum and minimum; not finite only if an element is not; 0 if empty."""
+    values, bias = _without_bias(tensor)
+    if bias is None:
+        pair = tf.stack([tf.reduce_max(values), tf.reduce_min(values)])
+    else:
+        # Rounding is monotone: the largest sum of a channel is that of its largest number.
+        axes = list(range(values.shape.rank - 1))
+        high = tf.reduce_max(tf.reduce_max(values, axes) + bias)
+        pair = tf.stack([high, tf.reduce_min(tf.reduce_min(values, axes) + bias)])
+    if tensor.dtype == tf.float64:
+        limit = tf.cast(tf.float32.max, tf.float64)
+        pair = tf.where(tf.math.is_finite(pair), tf.clip_by_value(pair, -limit, limit), pair)
+    pair = tf.cast(pair, tf.float32)
+    if tensor.shape.is_fully_defined() and tensor.shape.num_elements():
+        return pair
+    return tf.where(tf.size(values) > 0, pair, tf.zeros([2]))
+
+
+def _without_bias(tensor: Any) -> tuple[Any, Any]:
+    """(large part, bias by channel) of their sum; (second reading, None) of anything else."""
+    operation = _operation(tensor)
+    if operation is not None and operation.type in ("Add", "AddV2"):
+        values, bias = operation.inputs
+        channels = tensor.shape[-1] if tensor.shape.rank else None
+        made_by = _operation(values)
+        plain = made_by is not None and not _is_chain(made_by)
+        whole = values.shape.rank == tensor.shape.rank and (values.shape.rank or 0) > 1
+        flat = bias.shape.is_fully_defined() and bias.shape.num_elements() == channels
+        if plain and whole and flat and bias.shape[-1] == channels:
+            return values, tf.reshape(bias, [-1])
+    return second_reading(tensor), None
+
+
+def apart(tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor behind a barrier that XLA does not fuse across."""
+    found = xla.optimization_barrier(tensor)
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def _operation(tensor: Any) -> tf.Operation | None:
+    """What makes a symbolic tensor, past identities; None for an eager one."""
+    operation = None if tf.executing_eagerly() else getattr(tensor, "op", None)
+    while operation is not None and operation.type == "Identity":
+        operation = operation.inputs[0].op
+    return operation
+
+
+def _is_chain(operation: tf.Operation) -> bool:
+    return operation.type in _CHAIN or operation.type == "AddN"

@@ -1,0 +1,402 @@
+"""Every way to train a Keras model, with and without the guard: same bits, right place."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_models import BATCH, FEATURES, Fitted, L, compiled, data, mlp, poisoned
+
+from diagnostics.incident import read_incident
+
+
+class Scale(L.Layer):
+    """A custom layer whose call can be made to divide by zero."""
+
+    def build(self, shape: tuple) -> None:
+        self.factor = self.add_weight(name="factor", shape=(), initializer="ones")
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return x * self.factor
+
+
+class Subclassed(keras.Model):
+    """Layers made in `__init__`, built at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = L.Dense(8, activation="relu", name="hidden")
+        self.scale = Scale(name="scale")
+        self.drop = L.Dropout(0.2)
+        self.head = L.Dense(3, name="head")
+
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return self.head(self.drop(self.scale(self.hidden(x)), training=training))
+
+
+class OwnStep(Subclassed):
+    """A custom train_step with a loss of its own and clipping."""
+
+    def train_step(self, batch: Any) -> dict:
+        x, y = batch
+        with tf.GradientTape() as tape:
+            logits = self(x, training=True)
+            loss = tf.reduce_mean(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(y, tf.int32), logits)
+            )
+        gradients = tape.gradient(loss, self.trainable_variables)
+        gradients, _ = tf.clip_by_global_norm(gradients, 1.0)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+class Adversarial(keras.Model):
+    """Two optimizers, two updates a step; the second sees what the first wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = L.Dense(1, name="critic")
+        self.maker = L.Dense(FEATURES, name="maker")
+        self.second = keras.optimizers.SGD(0.05)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return self.critic(self.maker(x))
+
+    def train_step(self, batch: Any) -> dict:
+        x, _ = batch
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.critic(x) - 1.0))
+        own = self.critic.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, own), own)
+        with tf.GradientTape() as tape:
+            score = tf.reduce_mean(tf.square(self.critic(self.maker(x))))
+        made = self.maker.trainable_variables
+        self.second.apply(tape.gradient(score, made), made)
+        return {"loss": loss + score}
+
+
+class WithoutOptimizer(Subclassed):
+    """Writes its weights by hand and keeps a running mean in a plain tf.Variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = tf.Variable(0.0, trainable=False)
+
+    def train_step(self, batch: Any) -> dict:
+        x, y = batch
+        with tf.GradientTape() as tape:
+            logits = self(x, training=True)
+            loss = tf.reduce_mean(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(y, tf.int32), logits)
+            )
+        for weight, gradient in zip(
+            self.trainable_variables, tape.gradient(loss, self.trainable_variables), strict=True
+        ):
+            weight.assign_sub(0.1 * gradient)
+        self.seen.assign(0.9 * self.seen + 0.1 * tf.reduce_mean(x))
+        return {"loss": loss}
+
+
+def functional() -> keras.Model:
+    """Two inputs, two outputs, an operation between layers, shared layers."""
+    left, right = keras.Input((FEATURES,), name="left"), keras.Input((FEATURES,), name="right")
+    shared = L.Dense(8, activation="tanh", name="shared")
+    joined = L.Concatenate()([shared(left), shared(right)])
+    joined = keras.ops.multiply(joined, 0.5)
+    classes = L.Dense(3, name="classes")(joined)
+    value = L.Dense(1, name="value")(joined)
+    model = keras.Model([left, right], {"classes": classes, "value": value})
+    model.compile(
+        keras.optimizers.RMSprop(1e-2),
+        {"classes": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "value": "mse"},
+        jit_compile=False,
+    )
+    return model
+
+
+def recurrent() -> keras.Model:
+    """Embedding, a masked LSTM and layer normalisation."""
+    return compiled(
+        keras.Sequential(
+            [
+                L.Embedding(20, 6, mask_zero=True, name="words"),
+                L.LSTM(5, name="memory"),
+                L.LayerNormalization(name="norm"),
+                L.Dense(3, name="logits"),
+            ]
+        )
+    )
+
+
+def picture_net() -> keras.Model:
+    """Convolution, batch norm, max pooling: where NaN hides on a CPU."""
+    return compiled(
+        keras.Sequential(
+            [
+                keras.Input((6, 6, 1)),
+                L.MaxPooling2D(2, name="pool"),
+                L.Conv2D(4, 2, activation="relu", name="conv"),
+                L.BatchNormalization(name="norm"),
+                L.GlobalMaxPooling2D(name="top"),
+                L.Dense(3, name="logits"),
+            ]
+        ),
+        optimizer=keras.optimizers.SGD(0.05),
+    )
+
+
+def mixed(policy: str) -> keras.Model:
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        return compiled(mlp())
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
+def two_inputs() -> tuple[dict, dict]:
+    x, y = data()
+    return {"left": x, "right": x[::-1].copy()}, {"classes": y, "value": x[:, :1]}
+
+
+def words() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(3)
+    return draw.integers(0, 20, (48, 5)), data()[1]
+
+
+def pictures() -> tuple[np.ndarray, np.ndarray]:
+    return np.random.default_rng(3).normal(size=(48, 6, 6, 1)).astype("float32"), data()[1]
+
+
+def generator() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    x, y = data()
+    for start in range(0, len(x), BATCH):
+        yield x[start : start + BATCH], y[start : start + BATCH]
+
+
+def dataset() -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices(data()).batch(BATCH)
+
+
+@pytest.mark.parametrize(
+    ("build", "fed"),
+    [
+        (lambda: compiled(Subclassed()), data),
+        (lambda: compiled(OwnStep(), loss=None), data),
+        (lambda: compiled(Adversarial(), loss=None), data),
+        (lambda: compiled(WithoutOptimizer(), loss=None), data),
+        (functional, two_inputs),
+        (recurrent, words),
+        (picture_net, pictures),
+        (lambda: mixed("mixed_float16"), data),
+        (lambda: mixed("mixed_bfloat16"), data),
+        (lambda: compiled(mlp()), lambda: (dataset(), None)),
+        (lambda: compiled(mlp()), lambda: (generator(), None)),
+        (lambda: compiled(mlp(), weighted_metrics=["accuracy"]), lambda: data()),
+    ],
+    ids="subclassed own_step adversarial by_hand functional recurrent pictures float16 bfloat16 "
+    "dataset generator weights".split(),
+)
+def test_same_bits_with_and_without(tmp_path, request, build, fed):
+    weights = {}
+    if "weights" in request.node.callspec.id:
+        weights["sample_weight"] = np.linspace(0, 2, 48).astype("float32")
+    if fed is two_inputs:
+        weights["batch_size"] = BATCH
+    plain = Fitted(build, *fed(), **weights)
+    guarded = Fitted(build, *fed(), tmp_path / "run", **weights)
+    assert guarded.guard.incident is None and guarded.guard.step == 6
+    assert guarded.bits() == plain.bits()
+    assert guarded.history.history == plain.history.history
+
+
+def stopped_bits(build: Callable[[], keras.Model], good: Any, bad: Any, place: Any) -> Fitted:
+    """A fit stopped at step 3; its state is that of a fit over the first three batches."""
+    reference = Fitted(build, *(part[: 3 * BATCH] for part in good))
+    stopped = Fitted(build, *bad, place)
+    assert stopped.guard.step == 3
+    assert stopped.bits() == reference.bits()
+    return stopped
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: compiled(Subclassed()),
+        lambda: compiled(OwnStep(), loss=None),
+        lambda: compiled(Adversarial(), loss=None),
+        lambda: compiled(WithoutOptimizer(), loss=None),
+        lambda: mixed("mixed_float16"),
+    ],
+    ids="subclassed own_step adversarial by_hand float16".split(),
+)
+def test_a_bad_step_writes_nothing(tmp_path, build):
+    stopped_bits(build, data(), poisoned(3), tmp_path / "run")
+
+
+def test_a_plain_variable_of_the_model_is_put_back(tmp_path):
+    stopped = Fitted(
+        lambda: compiled(WithoutOptimizer(), loss=None), *poisoned(3), tmp_path / "run"
+    )
+    assert np.isfinite(stopped.model.seen.numpy())
+    incident = read_incident(stopped.guard.incident)
+    assert any(name.startswith("other/") for name in incident.state)
+
+
+def test_a_nan_that_max_pooling_would_drop_is_seen(tmp_path):
+    x, y = pictures()
+    x[3 * BATCH + 1, 0, 0, 0] = np.nan
+    stopped = stopped_bits(picture_net, pictures(), (x, y), tmp_path / "run")
+    failed = read_incident(stopped.guard.incident).record["failed_checks"]
+    assert failed[0]["stage"] == "data" and failed[1]["layer"] == "pool"
+
+
+def test_a_loss_scale_skip_is_no_incident(tmp_path):
+    """float16 gradients overflow under the first loss scales, which Keras skips."""
+
+    def build() -> keras.Model:
+        model = mixed("mixed_float16")
+        model.optimizer.initial_scale = 2.0**40
+        return model
+
+    plain = Fitted(build, *data())
+    guarded = Fitted(build, *data(), tmp_path / "run")
+    assert guarded.guard.incident is None
+    assert float(guarded.model.optimizer.dynamic_scale) < 2.0**40
+    assert guarded.bits() == plain.bits()
+
+
+def test_labels_and_masks_that_the_model_deals_with_are_no_incident(tmp_path):
+    """NaN as 'no label' under a masking loss; -inf in front of a softmax."""
+
+    class Mask(L.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            return tf.where(tf.range(3) < 2, x, -np.inf)
+
+    def masked(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        known = tf.math.is_finite(y_true)
+        difference = tf.where(known, y_true, 0.0) - tf.where(known, y_pred, 0.0)
+        return tf.reduce_mean(tf.square(difference), axis=-1)
+
+    def build() -> keras.Model:
+        layers = [keras.Input((FEATURES,)), L.Dense(3), Mask(), L.Softmax()]
+        return compiled(keras.Sequential(layers), loss=masked)
+
+    x, _ = data()
+    y = np.zeros((48, 3), "float32")
+    y[5, 1] = np.nan
+    guarded = Fitted(build, x, y, tmp_path / "run")
+    assert guarded.guard.incident is None and guarded.guard.step == 6
+
+
+def test_both_replicas_of_a_mirrored_strategy(tmp_path):
+    devices = tf.config.list_physical_devices("CPU")
+    if len(tf.config.list_logical_devices("CPU")) < 2:
+        pytest.skip("needs two virtual CPUs, made before TensorFlow starts")
+    assert devices
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+    def build() -> keras.Model:
+        with strategy.scope():
+            return compiled(
+                keras.Sequential(
+                    [
+                        keras.Input((FEATURES,)),
+                        L.Dense(8, name="first"),
+                        L.BatchNormalization(name="norm"),
+                        L.Dense(3, name="logits"),
+                    ]
+                ),
+                optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+            )
+
+    plain = Fitted(build, *data())
+    guarded = Fitted(build, *data(), tmp_path / "a")
+    assert guarded.bits() == plain.bits() and guarded.guard.incident is None
+    x, y = poisoned(3)  # in the first replica's part only
+    stopped = stopped_bits(build, data(), (x, y), tmp_path / "b")
+    batch = read_incident(stopped.guard.incident).batch
+    assert np.array_equal(batch["inputs"], x[24:32], equal_nan=True)
+
+
+def test_xla(tmp_path):
+    def build() -> keras.Model:
+        layers = [L.Dense(4, activation="relu", name="first"), L.BatchNormalization(name="norm")]
+        return compiled(
+            keras.Sequential([*layers, L.Dense(3, name="logits")]),
+            optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+            jit_compile=True,
+        )
+
+    plain = Fitted(build, *data())
+    guarded = Fitted(build, *data(), tmp_path / "a")
+    assert guarded.bits() == plain.bits()
+    stopped_bits(build, data(), poisoned(3), tmp_path / "b")
+
+
+def test_other_callbacks_keep_their_place(tmp_path):
+    """A checkpoint of the stopped epoch holds the finite weights, whoever comes first."""
+    for order in (0, 1):
+        file = tmp_path / f"{order}.weights.h5"
+        saver = keras.callbacks.ModelCheckpoint(file, save_weights_only=True)
+        rate = keras.callbacks.LearningRateScheduler(lambda epoch: 0.01)
+        callbacks = [rate, saver]
+
+        def fit_order(model: keras.Model, guard: Any, first: int = order, extra=callbacks) -> None:
+            ordered = [guard, *extra] if first else [*extra, guard]
+            model.fit(*poisoned(3), batch_size=BATCH, callbacks=ordered, verbose=0, shuffle=False)
+
+        from diagnostics import NumericGuard
+
+        model = compiled(mlp())
+        guard = NumericGuard(tmp_path / f"run{order}")
+        fit_order(model, guard)
+        assert guard.incident is not None
+        kept = model.get_weights()
+        model.load_weights(file)
+        assert all(np.isfinite(w).all() for w in model.get_weights())
+        assert [w.tobytes() for w in kept] == [w.tobytes() for w in model.get_weights()]
+
+
+def test_a_second_fit_goes_on_counting(tmp_path):
+    fitted = Fitted(lambda: compiled(mlp()), *data(), tmp_path / "run")
+    callbacks = [fitted.guard]
+    fitted.model.fit(*poisoned(1), batch_size=BATCH, callbacks=callbacks, verbose=0, shuffle=False)
+    assert fitted.guard.step == 7
+    assert fitted.guard.incident.name == "step-00000007"
+    assert fitted.guard.telemetry().steps.tolist() == list(range(8))
+
+
+def test_a_fit_that_raises_leaves_the_model_usable(tmp_path):
+    def broken() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        x, y = data()
+        yield x[:BATCH], y[:BATCH]
+        raise RuntimeError("the disk with the data is gone")
+
+    model = compiled(mlp())
+    from diagnostics import NumericGuard
+
+    guard = NumericGuard(tmp_path / "run")
+    with pytest.raises(Exception, match="the disk with the data is gone"):
+        model.fit(broken(), callbacks=[guard], verbose=0)
+    model.fit(*data(), batch_size=BATCH, verbose=0)
+    assert guard.step == 1 and guard.incident is None
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_stop_on_divergence(tmp_path, factor):
+    from diagnostics import NumericGuard
+
+    x, y = data()
+    model = compiled(mlp("linear"), optimizer=keras.optimizers.SGD(0.01 * factor), loss="mse")
+    guard = NumericGuard(tmp_path / "run", stop_on_divergence=True)
+    targets = np.stack([y, y, y], 1).astype("float32")
+    model.fit(10 * x, targets, batch_size=BATCH, epochs=3, callbacks=[guard], verbose=0)
+    if factor == 1.0:
+        assert guard.incident is None
+        return
+    record = read_incident(guard.incident).record
+    assert record["diverged"] and "runs away" in guard.message
+    assert all(np.isfinite(w).all() for w in model.get_weights())
