@@ -82,6 +82,7 @@ def ours(size: Size, precision: str) -> Steps:
     )
     step = TrainStep(config, network)
     metrics = StepMetrics(step.layout, size.batch_size)
+    metrics.start_clock()
     images, labels = (tf.constant(array) for array in batch(size))
 
     def run(steps: int) -> None:
@@ -117,7 +118,7 @@ def keras_fit(size: Size, precision: str, check_numerics: bool = False) -> Steps
     data = tf.data.Dataset.from_tensors(batch(size)).repeat()
 
     def run(steps: int) -> None:
-        model.fit(data, steps_per_epoch=steps, verbose=0)
+        model.fit(data, steps_per_epoch=steps, verbose=0, shuffle=False)
 
     if check_numerics:
         # The checks are put in while the step is traced, and stay in its graph.

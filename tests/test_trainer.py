@@ -207,6 +207,15 @@ def test_bad_input_is_named(data, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_fewer_steps_than_done_and_a_used_directory_are_refused(data, whole):
+    with RunDirectory.open(whole) as run:
+        config = tiny_config(data).from_dict(run.config())
+    with pytest.raises(InputError, match="has done 6 steps already"):
+        trainer.train(replaced(config, steps=5), whole, resume=True)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        trainer.train(config, whole)
+
+
 def test_a_truncated_training_image_is_named_and_nothing_is_lost(data, whole, tmp_path):
     broken = tmp_path / "images"
     shutil.copytree(data, broken)

@@ -70,12 +70,12 @@ class RunDirectory:
           RunLocked: another process is making a run there.
         """
         path = Path(path)
-        _check_free(path)
+        check_free(path)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, writable=True, on_warning=on_warning)
         try:
-            _check_free(path)
+            check_free(path)
             remove_temporaries(path)
             write_json(path / "manifest.json", manifest)
             # Last, because a directory with a config counts as a run.
@@ -260,7 +260,7 @@ def _steps_in(directory: Path) -> list[int]:
     return sorted(int(match.group(1)) for name in names if (match := _STEP_NAME.fullmatch(name)))
 
 
-def _check_free(path: Path) -> None:
+def check_free(path: Path) -> None:
     """A directory with nothing but what a process killed inside `create` leaves is free."""
     if path.exists() and not path.is_dir():
         raise InputError(f"run directory {path} is a file", "Choose another --run-dir")

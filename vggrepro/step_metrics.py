@@ -26,8 +26,12 @@ class StepMetrics:
         self._layers = layout.layers
         self._columns = layout.columns()
         self._batch_size = batch_size
-        self._times: deque[float] = deque([time.perf_counter()], maxlen=_WINDOW + 1)
+        self._times: deque[float] = deque(maxlen=_WINDOW + 1)
         self._waits: deque[float] = deque(maxlen=_WINDOW)
+
+    def start_clock(self) -> None:
+        """The first step begins now."""
+        self._times.append(time.perf_counter())
 
     def after_step(self, telemetry: np.ndarray, waited: float) -> dict[str, Any]:
         """All numbers of one step.

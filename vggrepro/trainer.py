@@ -31,7 +31,7 @@ from vggrepro.incident_report import save_incident
 from vggrepro.init_notes import init_note
 from vggrepro.keras_export import save_weights
 from vggrepro.model import Network, build_network
-from vggrepro.run_directory import RunDirectory
+from vggrepro.run_directory import RunDirectory, check_free
 from vggrepro.run_facts import run_facts
 from vggrepro.step_metrics import StepMetrics
 from vggrepro.stop_request import StopRequest
@@ -81,6 +81,8 @@ def train(
     """
     device = accelerator.prepare(config)
     announce = Announcer(hooks)
+    if not resume:
+        check_free(run_dir)  # before the minutes that a large data set's statistics take
     with ExitStack() as stack:
         if resume:
             run = stack.enter_context(RunDirectory.open(run_dir, True, announce.warning))
@@ -161,6 +163,11 @@ class _Session:
         self._config, self._network, self._data = config, network, data
         self._run, self._announce, self._device = run, announce, device
         checkpoint = run.latest_checkpoint()
+        if checkpoint is not None and checkpoint[0] > config.steps:
+            raise InputError(
+                f"{run.path} has done {checkpoint[0]} steps already, more than {config.steps}",
+                "Give a larger --steps",
+            )
         self._step = TrainStep(config, network, checkpoint[1] if checkpoint else None)
         self._now = checkpoint[0] if checkpoint else 0
         self._metrics = StepMetrics(self._step.layout, config.batch_size)
@@ -213,6 +220,7 @@ class _Session:
             "guard_checks": fired,
             "sample_images": batch["images"].numpy() + np.array(self._data.mean_rgb, np.float32),
         }
+        self._metrics.start_clock()
         for hook in self._announce.hooks:
             hook.on_start(self._run, self._config, self._now, info)
 

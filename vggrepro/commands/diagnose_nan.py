@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.durable_files import plain
 from diagnostics.errors import InputError, NotReproduced
 
 if TYPE_CHECKING:
@@ -142,8 +140,9 @@ def _print_diagnosis(found: Diagnosis, target: ReplayableRun, directory: Path) -
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    json.dump(plain(value), sys.stdout, indent=2)
-    print()
+    from diagnostics.durable_files import json_text
+
+    print(json_text(value, indent=2))
 
 
 def _show_healthy(healthy: HealthyStep, as_json: bool) -> int:
