@@ -20,6 +20,7 @@ from diagnostics.protocol import (
     Change,
     Program,
     ReplayableRun,
+    RunFacts,
     State,
     StepOutcome,
     Telemetry,
@@ -284,7 +285,7 @@ class _Session:
             verdict=verdict,
             first_nonfinite=place,
             onset=onset,
-            cause=cause,
+            cause=_with_note(cause, self._run.facts),
             counterfactuals=tuple(results),
             recommendation=recommend(self._run, cause, results, changes) if results else None,
             notes=tuple(self._notes),
@@ -301,6 +302,14 @@ class _Session:
         finally:
             spent = time.monotonic() - started
             self._seconds[stage] = round(self._seconds.get(stage, 0.0) + spent, 3)
+
+
+def _with_note(cause: Cause, facts: RunFacts) -> Cause:
+    """Where the initialiser is to blame, what is known of it comes second, after the proof."""
+    if cause.kind != "init" or not facts.init_note:
+        return cause
+    first, *rest = cause.evidence
+    return dataclasses.replace(cause, evidence=(first, facts.init_note, *rest))
 
 
 def _time_of_step(program: Program, batch: Batch, step: int) -> float:

@@ -60,6 +60,7 @@ class RunFacts:
 
     Attributes:
       init: the initialiser asked for, in the program's own words.
+      init_note: what a user should know of that initialiser, a sentence.
       loss: the loss's name; chance_loss: the loss of guessing, as ln(classes).
       input_kind: 'pixels' where inputs are images in grey levels, else 'numbers'.
       extra: further facts for the report, text by name.
@@ -75,6 +76,7 @@ class RunFacts:
     optimizer_epsilon: float | None = None
     precision: str = "float32"
     init: str | None = None
+    init_note: str = ""
     loss: str = ""
     classes: int | None = None
     chance_loss: float | None = None

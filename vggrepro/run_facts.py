@@ -6,6 +6,7 @@ import math
 
 from diagnostics.protocol import LayerFacts, RunFacts
 from vggrepro.config import TrainConfig
+from vggrepro.init_notes import init_note
 from vggrepro.model import Network
 
 
@@ -32,6 +33,7 @@ def run_facts(config: TrainConfig, network: Network) -> RunFacts:
         optimizer="momentum SGD",
         precision=config.precision,
         init=config.init,
+        init_note=init_note(config.init) or "",
         loss="softmax cross-entropy",
         classes=config.classes,
         chance_loss=math.log(config.classes),
