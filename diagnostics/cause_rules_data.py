@@ -10,6 +10,8 @@ import numpy as np
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.report_words import number, plural
 from diagnostics.signals import (
+    UNSCALED_INPUT,
+    UNSCALED_TARGET,
     exploded,
     first_loss,
     gain_bits,
@@ -19,12 +21,12 @@ from diagnostics.signals import (
     label_arrays,
     layer_gains,
     loss_over_chance,
+    target_scale,
 )
 from diagnostics.telemetry_view import input_absmax
 from diagnostics.tensor_stats import TensorStats
 
 _OUTLIER = 30.0  # times the usual largest input
-_UNSCALED_RMS = 10.0
 _PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce", "nll", "kl")
 
 
@@ -194,7 +196,7 @@ def _unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
     usual, steps = _usual_input(evidence)
     if steps and largest > _OUTLIER * usual:
         return  # one outlier, not the scale of all
-    if rms < _UNSCALED_RMS:
+    if rms < UNSCALED_INPUT:
         yield Finding("data", -1.0)
         return
     amplified = gain_bits(layer_gains(evidence))[0]
@@ -219,15 +221,13 @@ def _unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
 
 def _unscaled_targets(evidence: Evidence) -> Iterator[Finding]:
     """Regression towards numbers of hundreds and more."""
-    if evidence.facts.classes or evidence.facts.chance_loss:
+    rms, name = target_scale(evidence)
+    if rms <= UNSCALED_TARGET:
         return
-    for name, stats in label_arrays(evidence).items():
-        if is_integer(stats) or stats.rms < 100:
-            continue
-        loss = first_loss(evidence)
-        began = f", so the loss began at {number(loss)}" if loss else ""
-        yield Finding(
-            "data",
-            min(3.5, 0.8 * (math.log10(stats.rms) - 1.0)),
-            f"The targets '{name}' are not scaled: RMS {number(stats.rms)}{began}",
-        )
+    loss = first_loss(evidence)
+    began = f", so the loss began at {number(loss)}" if loss else ""
+    yield Finding(
+        "data",
+        min(4.0, 0.9 * (math.log10(rms) - 1.0)),
+        f"The targets '{name}' are not scaled: RMS {number(rms)}{began}",
+    )

@@ -23,7 +23,7 @@ def number_findings(evidence: Evidence) -> Iterator[Finding]:
         yield from _near_the_limit(evidence)
         yield from _lost_to_zero(evidence)
     yield from _precision_replays(evidence, half)
-    yield from _settings(evidence, half)
+    yield from setting_findings(evidence)
     yield from _update_stage(evidence, half)
 
 
@@ -69,7 +69,8 @@ def _precision_replays(evidence: Evidence, half: bool) -> Iterator[Finding]:
             yield Finding("precision", -4.0)
 
 
-def _settings(evidence: Evidence, half: bool) -> Iterator[Finding]:
+def setting_findings(evidence: Evidence) -> Iterator[Finding]:
+    """Settings of the optimizer that no run can survive, whatever went wrong."""
     facts = evidence.facts
     if facts.momentum >= 1:
         yield Finding(

@@ -9,9 +9,17 @@ from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.op_domains import DomainFault, domain_fault, op_name
 from diagnostics.report_words import number, plural
-from diagnostics.signals import HUGE, half_precision, largest_signal
+from diagnostics.signals import (
+    HUGE,
+    gain_bits,
+    half_precision,
+    largest_signal,
+    layer_gains,
+    unscaled,
+)
 from diagnostics.telemetry_view import preactivations_of_row
 
+_RECURRENT = ("RNN", "LSTM", "GRU")
 _UNBOUNDED_ACTIVATIONS = ("exp", "exponential")
 
 
@@ -31,6 +39,8 @@ def place_findings(evidence: Evidence) -> Iterator[Finding]:
         yield from _formula(evidence, first)
         yield from _bare_loss(evidence, first)
     yield from _unbounded_activation(evidence)
+    yield from _recurrence(evidence)
+    yield from _at_once(evidence)
 
 
 def _weights(evidence: Evidence) -> Iterator[Finding]:
@@ -135,4 +145,36 @@ def _unbounded_activation(evidence: Evidence) -> Iterator[Finding]:
             2.5 if in_exp or len(layers) > 1 else 1.0,
             f"{plural(len(layers), 'layer')} ({names}) end in an exponential, which turns an "
             "input of 89 into infinity; several in a row overflow for almost any input",
+        )
+
+
+def _recurrence(evidence: Evidence) -> Iterator[Finding]:
+    """A recurrent layer multiplies its state by the same weights at every time step."""
+    first = evidence.first_nonfinite
+    kinds = {layer.name: layer.kind for layer in evidence.facts.layers}
+    kind = kinds.get(first.layer or "", "") if first is not None else ""
+    if first is None or first.stage not in ("forward", "backward"):
+        return
+    if any(word in kind for word in _RECURRENT):
+        yield Finding(
+            "architecture",
+            2.5,
+            f"{first.layer} is recurrent ({kind}): it multiplies its state by the same weights "
+            "at every time step, so over a long sequence the state grows without bound",
+        )
+
+
+def _at_once(evidence: Evidence) -> Iterator[Finding]:
+    """A layer that overflows before anything was learnt, on ordinary inputs and weights."""
+    first = evidence.first_nonfinite
+    if first is None or first.stage != "forward" or evidence.step != 0:
+        return
+    ordinary = gain_bits(layer_gains(evidence))[0] <= 3.0 and not unscaled(evidence)
+    alike = not half_precision(evidence) and domain_fault(first, half=False) is None
+    if ordinary and alike and all(s.finite for s in evidence.batch_stats.values()):
+        yield Finding(
+            "architecture",
+            2.0,
+            f"Before any update, {first.layer or 'the forward pass'} overflows on inputs and "
+            "weights of ordinary size: its own formula multiplies without bound",
         )

@@ -13,15 +13,16 @@ from diagnostics.signals import (
     exploded,
     first_loss,
     gain_bits,
-    input_scale,
     largest_update,
     layer_gains,
     loss_over_chance,
+    unscaled,
 )
 
 _EXPLODES = 3.0  # bits of amplification that a net may have and still train
 _ADAPTIVE = ("adam", "rmsprop", "adagrad", "nadam", "adamw", "adamax", "ftrl", "lion", "lamb")
-_LARGE_RATE = {"adaptive": 0.03, "sgd": 0.5}
+# Of SGD it is rate / (1 - momentum) that counts.
+_LARGE_RATE = {"adaptive": 0.03, "sgd": 1.0}
 
 
 def scale_findings(evidence: Evidence) -> Iterator[Finding]:
@@ -33,9 +34,11 @@ def scale_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _gains(evidence, gains, amplified)
     yield from _first_step(evidence, amplified)
     yield from _init_replays(evidence, amplified)
-    yield from _updates(evidence)
     yield from _rate(evidence)
-    yield from _rate_replays(evidence, amplified)
+    # An ordinary rate on unscaled numbers makes large updates, and a smaller one survives.
+    share = 0.4 if _ordinary_rate(evidence) and unscaled(evidence) else 1.0
+    for finding in (*_updates(evidence), *_rate_replays(evidence, amplified)):
+        yield finding._replace(weight=finding.weight * (share if finding.weight > 0 else 1.0))
 
 
 def _gains(evidence: Evidence, gains: list[LayerGain], amplified: float) -> Iterator[Finding]:
@@ -81,7 +84,6 @@ def _initialiser(evidence: Evidence, gains: list[LayerGain]) -> Iterator[Finding
 def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
     """Whether step 0 was already absurd, before anything was learnt."""
     ratio, seen, loss = loss_over_chance(evidence), amplification(evidence), first_loss(evidence)
-    large_input = input_scale(evidence)[0] > 10
     absurd_loss = ratio is not None and ratio > 4
     if absurd_loss and amplified > 2.0:
         yield Finding(
@@ -99,8 +101,8 @@ def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
         )
     absurd = absurd_loss or (seen is not None and seen[0] > 300)
     if evidence.onset is not None and not absurd and amplified < 2 * _EXPLODES:
-        weight = 2.0 if not large_input else 1.0
-        yield Finding("learning_rate", weight, _sane_start(evidence, loss))
+        if not unscaled(evidence):
+            yield Finding("learning_rate", 2.0, _sane_start(evidence, loss))
         if evidence.onset.step > 0:
             yield Finding("init", -1.5)
 
@@ -143,20 +145,32 @@ def _updates(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _rate(evidence: Evidence) -> Iterator[Finding]:
-    rate, name = evidence.facts.learning_rate, evidence.facts.optimizer.lower()
+    rate = evidence.facts.learning_rate
     if rate is None:
         return
     if rate < 0 or not math.isfinite(rate):
         yield Finding("learning_rate", 6.0, f"The learning rate is {rate:g}")
         return
-    family = "adaptive" if any(word in name for word in _ADAPTIVE) else "sgd"
-    excess = rate / _LARGE_RATE[family]
+    excess = _rate_excess(evidence)
     if excess > 1:
         yield Finding(
             "learning_rate",
             min(3.0, 1.2 + math.log10(excess)),
             f"The learning rate {rate:g} is large for {evidence.facts.optimizer or 'SGD'}",
         )
+
+
+def _rate_excess(evidence: Evidence) -> float:
+    """The learning rate over what is large for the optimizer; 0 if unknown."""
+    facts = evidence.facts
+    rate = facts.learning_rate or 0.0
+    if any(word in facts.optimizer.lower() for word in _ADAPTIVE):
+        return rate / _LARGE_RATE["adaptive"]
+    return rate / (1.0 - min(max(facts.momentum, 0.0), 0.99)) / _LARGE_RATE["sgd"]
+
+
+def _ordinary_rate(evidence: Evidence) -> bool:
+    return evidence.facts.learning_rate is not None and _rate_excess(evidence) <= 0.3
 
 
 def _rate_replays(evidence: Evidence, amplified: float) -> Iterator[Finding]:

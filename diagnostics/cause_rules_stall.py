@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from diagnostics.cause_rules_numbers import setting_findings
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.report_words import number
 from diagnostics.signals import gain_bits, input_arrays, layer_gains
-from diagnostics.stall import StallSignals, stall_signals
+from diagnostics.stall import (
+    FAINT_SIGNAL,
+    IDLE_UPDATE,
+    STILL_LAYER,
+    StallSignals,
+    stall_signals,
+)
 
-_FAINT = 1e-2  # absolute pre-activations at the output
-_SLOW = 1e-5  # update ratio
+_BOUNCING = 0.05  # update ratio
+_SATURATING = ("sigmoid", "tanh", "hard_sigmoid", "softsign")
 
 
 def stall_findings(evidence: Evidence) -> Iterator[Finding]:
@@ -20,7 +27,9 @@ def stall_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _vanishing(evidence, signals)
     yield from _constant_weights(evidence)
     yield from _dead_layers(evidence, signals)
-    yield from _slow(evidence, signals)
+    yield from _saturation(evidence, signals)
+    yield from _rate(evidence, signals)
+    yield from setting_findings(evidence)
     yield from _constant_input(evidence)
     yield from _detached(evidence, signals)
 
@@ -39,12 +48,12 @@ def _vanishing(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
             f"sqrt(fan-in {weakest.fan_in:,} x {weakest.std:.3g}^2 / 2) = {weakest.gain:.2g}); "
             "gradients shrink in the same way on their way back",
         )
-    if signals.output_scale is not None and 0 < signals.output_scale < _FAINT:
+    if signals.faintest_scale is not None and 0 < signals.faintest_scale < FAINT_SIGNAL:
         yield Finding(
             "init",
             1.5 if shrunk < -6 else 0.5,
-            f"At the output ({signals.output_layer}) the signal is "
-            f"{number(signals.output_scale)}: every input gets the same answer",
+            f"The largest pre-activation of {signals.faintest_layer} is "
+            f"{number(signals.faintest_scale)}: every input gets nearly the same answer",
         )
     if survived:
         names = ", ".join(one.change for one in survived[:3])
@@ -54,10 +63,10 @@ def _vanishing(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
 
 
 def _constant_weights(evidence: Evidence) -> Iterator[Finding]:
-    for layer in evidence.facts.layers:
+    weighted = [layer for layer in evidence.facts.layers if layer.weight is not None]
+    for layer in weighted[:-1]:
         stats = evidence.initial_weight_stats.get(layer.weight or "")
-        hidden = layer is not evidence.facts.layers[-1]
-        if stats is not None and stats.size > 1 and stats.minimum == stats.maximum and hidden:
+        if stats is not None and stats.size > 1 and stats.minimum == stats.maximum:
             yield Finding(
                 "init",
                 5.0,
@@ -90,28 +99,49 @@ def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]
             yield Finding("architecture", 1.0)
 
 
-def _slow(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
+def _saturation(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
+    """A gradient that fades through saturating activations."""
+    layers = [e for e in evidence.facts.layers if e.activation in _SATURATING]
+    still = signals.still_ratio is not None and signals.still_ratio < STILL_LAYER
+    moves = signals.update_ratio is not None and signals.update_ratio >= IDLE_UPDATE
+    if len(layers) >= 3 and still and moves:
+        yield Finding(
+            "architecture",
+            3.0,
+            f"Through {len(layers)} layers of {layers[0].activation} the gradient fades: an "
+            f"update changes some layer by {number(signals.update_ratio)} of its size, but "
+            f"{signals.still_layer} by {number(signals.still_ratio)}",
+        )
+
+
+def _rate(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
     rate = evidence.facts.learning_rate
     if rate == 0:
         yield Finding("learning_rate", 7.0, "The learning rate is 0")
         return
-    faster = [one for one in evidence.survivors("learning_rate") if _above(one.value, rate)]
-    if faster:
-        yield Finding("learning_rate", 3.0, f"With {faster[0].change} the loss falls")
-    if signals.update_ratio is not None and signals.update_ratio < _SLOW:
-        share = number(signals.update_ratio)
-        healthy = signals.gradient_norm is not None and signals.gradient_norm > 1e-3
-        if healthy:
-            yield Finding(
-                "learning_rate",
-                1.5,
-                f"An update changes the weights by {share} of their size (0.001 is usual), "
-                f"although the gradient norm is {number(signals.gradient_norm)}",
-            )
-
-
-def _above(value: object, rate: float | None) -> bool:
-    return isinstance(value, (int, float)) and rate is not None and value > rate
+    survivors = evidence.survivors("learning_rate")
+    if survivors:
+        # One that moves a run without signal says less than one that moves a healthy one.
+        weight = 3.0 if not evidence.survivors("init") else 1.5
+        yield Finding("learning_rate", weight, f"With {survivors[0].change} the loss falls")
+    ratio, norm = signals.update_ratio, signals.gradient_norm
+    if ratio is None or norm is None:
+        return
+    if 0 < ratio < IDLE_UPDATE and norm > 1e-3:
+        yield Finding(
+            "learning_rate",
+            min(4.0, 1.5 + 0.5 * math.log10(IDLE_UPDATE / ratio)),
+            f"An update changes no layer by more than {number(ratio)} of its size (0.001 is "
+            f"usual), although the gradient norm is {number(norm)}: the rate "
+            f"{'' if rate is None else f'{rate:g} '}is too small",
+        )
+    if ratio > _BOUNCING:
+        yield Finding(
+            "learning_rate",
+            2.0,
+            f"An update changes a layer by {number(ratio)} of its size (0.001 is usual): the "
+            "weights jump about and settle nowhere",
+        )
 
 
 def _constant_input(evidence: Evidence) -> Iterator[Finding]:
@@ -123,14 +153,13 @@ def _constant_input(evidence: Evidence) -> Iterator[Finding]:
 
 def _detached(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
     """A loss that has no gradient although a signal reaches it."""
-    alive = signals.output_scale is not None and signals.output_scale > _FAINT
+    alive = signals.faintest_scale is None or signals.faintest_scale > FAINT_SIGNAL
     if signals.gradient_norm == 0 and alive and not signals.dead_layers:
         yield Finding(
             "loss_formula",
             3.0,
-            "The gradient is exactly 0 although the output is "
-            f"{number(signals.output_scale)}: nothing connects the loss to the weights "
-            "(rounding, argmax, a comparison, or saturation)",
+            "The gradient is exactly 0 although a signal reaches the output: nothing connects "
+            "the loss to the weights (rounding, argmax, a comparison, or saturation)",
         )
     elif signals.gradient_norm is not None and math.isfinite(signals.gradient_norm):
         yield Finding("loss_formula", -1.0)

@@ -173,11 +173,13 @@ def _came_with_its_batch(series: _Series, telemetry: Telemetry, bits: np.ndarray
 def _overwritten(series: _Series, telemetry: Telemetry) -> bool:
     """Whether the weights of the last row are not what the last update made.
 
-    An update that is not finite is refused, so weights that are not finite were
-    written by something else.
+    An update that is not finite is refused, so weights that are NaN were written by
+    something else. An infinite norm may belong to finite weights.
     """
+    if not np.isfinite(series.values[-1]):
+        return bool(np.isnan(series.values[-1]))
     ratio = layer_column(telemetry, series.layer or "", "update_ratio")
-    return not np.isfinite(series.values[-1]) or (ratio is not None and bool(ratio[-1] < 0.5))
+    return ratio is not None and bool(ratio[-1] < 0.5)
 
 
 def _as_onset(rise: _Rise) -> Onset:

@@ -21,6 +21,8 @@ from diagnostics.telemetry_view import (
 from diagnostics.tensor_stats import TensorStats
 
 HUGE = 1e6  # a finite activation or input beyond this is an explosion under way
+UNSCALED_INPUT = 10.0  # RMS
+UNSCALED_TARGET = 100.0
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _BOUNDED = {"tanh", "sigmoid", "hard_sigmoid", "softmax", "softsign", "hard_tanh"}
@@ -112,7 +114,7 @@ def label_arrays(evidence: Evidence) -> dict[str, TensorStats]:
 
 
 def _role(name: str) -> str:
-    words = set(re.split(r"[^a-z]+", name.lower()))
+    words = set(re.split(r"[^a-z]+", name.partition("/")[0].lower()))
     if words & _LABEL_NAMES:
         return "label"
     return "other" if words & _OTHER_NAMES else "input"
@@ -128,6 +130,21 @@ def input_scale(evidence: Evidence) -> tuple[float, float]:
         return 0.0, 0.0
     largest = max(floats, key=lambda stats: stats.rms)
     return largest.rms, _finite_absmax(largest)
+
+
+def target_scale(evidence: Evidence) -> tuple[float, str]:
+    """(RMS, name) of the largest regression target; (0, '') for a classifier."""
+    if evidence.facts.classes or evidence.facts.chance_loss:
+        return 0.0, ""
+    targets = {n: s.rms for n, s in label_arrays(evidence).items() if not is_integer(s)}
+    name = max(targets, key=lambda target: targets[target], default="")
+    return (targets[name], name) if name else (0.0, "")
+
+
+def unscaled(evidence: Evidence) -> bool:
+    """Whether inputs or regression targets are far larger than layers are made for."""
+    inputs_rms = input_scale(evidence)[0]
+    return inputs_rms > UNSCALED_INPUT or target_scale(evidence)[0] > UNSCALED_TARGET
 
 
 def is_integer(stats: TensorStats) -> bool:

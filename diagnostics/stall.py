@@ -9,7 +9,7 @@ a plateau longer than a healthy start.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,13 @@ from diagnostics.telemetry_view import layer_column, layer_names, scalar_column
 
 RUNAWAY = 100.0  # times the loss of guessing, or the first loss where that is unknown
 GRADIENT_RUNAWAY = 1e6  # times the gradient norm of the first steps
-_FLAT = (0.98, 1.2)  # smoothed loss over the loss of guessing
+WORSE_THAN_GUESSING = 3.0  # times its loss: a run that ends there has run away
+_FLAT = (0.98, WORSE_THAN_GUESSING)  # smoothed loss over the loss of guessing
 _WINDOW = 20
-# Healthy: logits of 0.1 and more, update ratios around 1e-3.
-FAINT_OUTPUT = 0.02
+# Healthy: pre-activations of 0.1 and more in every layer, update ratios around 1e-3.
+FAINT_SIGNAL = 0.01
 IDLE_UPDATE = 1e-5
+STILL_LAYER = 1e-7
 _STEPS_WITH_REASON = 30
 _STEPS_WITHOUT_REASON = 300
 _RELU_LIKE = ("relu", "relu6")
@@ -37,18 +39,25 @@ class StallSignals:
     Attributes:
       output_layer, output_scale: the last layer and the median of its largest
         absolute pre-activation; None if not recorded.
+      faintest_layer, faintest_scale: the same for the kernel layer with the smallest
+        one. The output's own bias may hide that no signal reaches it.
       gradient_norm: median of the global norm.
       output_gradient: median gradient norm of the last layer.
       update_ratio: median of the largest ratio over the layers.
+      still_layer, still_ratio: the layer that is updated least, frozen ones left out.
       dead_layers: ReLU layers with no pre-activation above 0 in all those steps.
       dead_since: first recorded step from which one of them was dead.
     """
 
     output_layer: str | None
     output_scale: float | None
+    faintest_layer: str | None
+    faintest_scale: float | None
     gradient_norm: float | None
     output_gradient: float | None
     update_ratio: float | None
+    still_layer: str | None
+    still_ratio: float | None
     dead_layers: tuple[str, ...]
     dead_since: int | None
 
@@ -56,13 +65,13 @@ class StallSignals:
         """Why this run cannot be learning, one clause each; empty if nothing says so.
 
         Args:
-          classifies: outputs are logits, whose scale means something.
+          classifies: signals are compared with logits, so their scale means something.
         """
         found = []
-        if classifies and self.output_scale is not None and self.output_scale < FAINT_OUTPUT:
+        if classifies and self.faintest_scale is not None and self.faintest_scale < FAINT_SIGNAL:
             found.append(
-                f"the largest pre-activation of {self.output_layer} is "
-                f"{number(self.output_scale)} (hardly any signal reaches the output)"
+                f"the largest pre-activation of {self.faintest_layer} is "
+                f"{number(self.faintest_scale)} (hardly any signal gets through)"
             )
         if self.dead_layers:
             names = ", ".join(self.dead_layers[:3])
@@ -71,6 +80,11 @@ class StallSignals:
             found.append(
                 f"an update changes no layer by more than {number(self.update_ratio)} of "
                 "its size (0.001 is usual)"
+            )
+        elif self.still_ratio is not None and self.still_ratio < STILL_LAYER:
+            found.append(
+                f"an update changes {self.still_layer} by {number(self.still_ratio)} of its "
+                "size (0.001 is usual): no gradient reaches it"
             )
         if self.gradient_norm == 0:
             found.append("the gradient is exactly 0")
@@ -83,18 +97,37 @@ def stall_signals(telemetry: Telemetry, facts: RunFacts) -> StallSignals:
     last = names[-1] if names else None
     peaks = None if last is None else layer_column(telemetry, last, "preactivation_absmax")
     gradients = None if last is None else layer_column(telemetry, last, "gradient_norm")
-    ratios = [r for n in names if (r := layer_column(telemetry, n, "update_ratio")) is not None]
+    kernels = [layer.name for layer in facts.layers if layer.weight is not None]
+    signals = _by_layer(telemetry, kernels, "preactivation_absmax")
+    faintest = min(signals, key=lambda name: signals[name], default=None)
+    ratios = _by_layer(telemetry, names, "update_ratio")
+    moving = {name: ratio for name, ratio in ratios.items() if ratio > 0}
+    still = min(moving, key=lambda name: moving[name], default=None)
     dead = _dead(telemetry, facts)
     return StallSignals(
         output_layer=last,
         output_scale=_recent(peaks),
+        faintest_layer=faintest,
+        faintest_scale=None if faintest is None else signals[faintest],
         gradient_norm=_recent(scalar_column(telemetry, "grad_norm")),
         output_gradient=_recent(gradients),
-        # The first row's ratio is 0: nothing was updated before it.
-        update_ratio=_recent(np.max(ratios, axis=0)[1:]) if ratios else None,
+        update_ratio=max(ratios.values(), default=None),
+        still_layer=still,
+        still_ratio=None if still is None else moving[still],
         dead_layers=tuple(dead),
         dead_since=min(dead.values(), default=None),
     )
+
+
+def _by_layer(telemetry: Telemetry, names: Iterable[str], quantity: str) -> dict[str, float]:
+    """Median of a quantity over the last steps, of the layers where it was recorded."""
+    found = {}
+    for name in names:
+        column = layer_column(telemetry, name, quantity)
+        if column is not None and column.size > 1:
+            # The first row's update ratio is 0: nothing was updated before it.
+            found[name] = float(np.median(column[1:][-_WINDOW:]))
+    return found
 
 
 def _recent(values: np.ndarray | None) -> float | None:
@@ -136,7 +169,7 @@ def detect_stall(telemetry: Telemetry, facts: RunFacts) -> str | None:
     if not reasons and (not known or loss.size < _STEPS_WITHOUT_REASON):
         return None
     what = f"the loss of guessing, {guess:.4g}" if known else f"its first value, {guess:.4g}"
-    text = f"In {loss.size:,} steps the loss never left {what} (last: {smooth[-1]:.4g})"
+    text = f"In {loss.size:,} steps the loss never fell below {what} (last: {smooth[-1]:.4g})"
     return f"{text}: {'; '.join(reasons)}" if reasons else text
 
 
@@ -156,6 +189,9 @@ def detect_divergence(telemetry: Telemetry, facts: RunFacts) -> str | None:
         return None
     usual = facts.chance_loss if facts.chance_loss else abs(float(loss[0]))
     now = float(np.median(np.abs(loss[-5:])))
+    if facts.chance_loss and _worse_than_guessing(loss, facts.chance_loss):
+        times = now / facts.chance_loss
+        return f"The loss ends at {now:.4g}, {times:.3g} times the loss of guessing"
     if usual > 0 and now > RUNAWAY * usual:
         what = "the loss of guessing" if facts.chance_loss else "the first one"
         return f"The loss ran away to {number(float(loss[-1]))}, {now / usual:.3g} times {what}"
@@ -165,6 +201,14 @@ def detect_divergence(telemetry: Telemetry, facts: RunFacts) -> str | None:
     if before > 0 and after > GRADIENT_RUNAWAY * before:
         return f"The gradient norm ran away to {number(after)}, from {number(before)}"
     return None
+
+
+def _worse_than_guessing(loss: np.ndarray, guess: float) -> bool:
+    """Whether the loss stands far above that of guessing and is not on its way down."""
+    if loss.size < 2 * _WINDOW:
+        return False
+    now, before = np.median(loss[-_WINDOW:]), np.median(loss[-2 * _WINDOW : -_WINDOW])
+    return bool(WORSE_THAN_GUESSING * guess < now <= RUNAWAY * guess and now > 0.8 * before)
 
 
 class StallWatch:
@@ -233,6 +277,6 @@ class StallWatch:
         )
         why = f": {'; '.join(reasons)}" if reasons else ""
         return (
-            f"step {step}: the loss, {loss:.4g}, has not left that of guessing for "
+            f"step {step}: the loss, {loss:.4g}, has not fallen below that of guessing for "
             f"{self._flat_steps:,} steps{why} ({numbers.removeprefix(', ')})"
         )

@@ -60,7 +60,8 @@ def test_no_signal_at_the_output_is_a_stall_with_numbers():
     text = detect_stall(recorded, facts())
     assert "60 steps" in text and "2.303" in text
     assert (
-        "predictions" in text and f"{stall_signals(recorded, facts()).output_scale:.1e}"[:3] in text
+        "predictions" in text
+        and f"{stall_signals(recorded, facts()).faintest_scale:.1e}"[:3] in text
     )
 
 
@@ -99,7 +100,7 @@ def test_updates_that_change_nothing_are_a_stall():
 
 def test_long_plateau_is_a_stall_without_another_reason():
     text = detect_stall(plateau(400), facts())
-    assert text.startswith("In 400 steps the loss never left the loss of guessing")
+    assert text.startswith("In 400 steps the loss never fell below the loss of guessing")
 
 
 def test_a_loss_that_left_once_is_no_stall():
