@@ -119,7 +119,7 @@ def describe_hit(
         row_counts = np.array([row.nan + row.pos_inf + row.neg_inf for row in rows])
         row_absmax = np.array([np.nanmax([-row.minimum, row.maximum, 0.0]) for row in rows])
     fed = [
-        (name, describe(_real(np.asarray(tensor))), tuple(tensor.shape))
+        (name, describe(_real(host_array(tensor))), tuple(tensor.shape))
         for name, tensor in zip(_input_names(op, len(inputs)), inputs, strict=True)
         if _is_numeric(tensor.dtype)
     ]
@@ -140,6 +140,11 @@ def describe_hit(
     nan_fed = any(stats.nan for _, stats, _ in fed)
     inf_fed = any(stats.pos_inf + stats.neg_inf for _, stats, _ in fed)
     return details, nan_fed, inf_fed
+
+
+def host_array(tensor: tf.Tensor) -> np.ndarray:
+    """The tensor's value; a scalar bfloat16 tensor is no array to numpy by itself."""
+    return np.asarray(tensor.numpy())
 
 
 def largest_magnitude(array: np.ndarray) -> float:

@@ -26,7 +26,13 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.python.framework import op_callbacks
 
-from diagnostics.op_records import Hit, OpRecord, describe_hit, largest_magnitude
+from diagnostics.op_records import (
+    Hit,
+    OpRecord,
+    describe_hit,
+    host_array,
+    largest_magnitude,
+)
 from diagnostics.scopes import LayerScopes
 from diagnostics.source_lines import view_stack
 
@@ -215,7 +221,7 @@ def _results(
     # Later outputs of batch normalisation are scratch space.
     for tensor in outputs[:3] if name.startswith("FusedBatchNorm") else outputs:
         if tensor.dtype.is_floating or tensor.dtype.is_complex:
-            yield tensor, np.asarray(tensor)
+            yield tensor, host_array(tensor)
     if outputs or not name.startswith(("Assign", "Resource")):
         return
     types = dict(zip(attrs[::2], attrs[1::2], strict=True))
@@ -223,7 +229,7 @@ def _results(
     for tensor in inputs:
         if tensor.dtype == tf.resource and dtype.is_floating:
             value = tf.raw_ops.ReadVariableOp(resource=tensor, dtype=dtype)
-            yield tensor, np.asarray(value)
+            yield tensor, host_array(value)
 
 
 def _tensors(values: Any) -> list[tf.Tensor]:

@@ -66,6 +66,17 @@ def test_layers_from_scopes(layers, scope, layer):
     assert LayerScopes(layers).layer(scope) == layer
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_scalars_of_every_type_are_read(dtype):
+    zero = tf.constant(0.0, dtype)
+    with OpTrace() as tracer:
+        tf.reduce_max(zero / zero)
+    hit = only_origin(tracer)
+    assert (hit.record.op, hit.kind) == ("RealDiv", "nan")
+    assert (hit.details.count, hit.details.size) == (1, 1)
+    assert [shown.maximum for shown in hit.details.inputs] == [0.0, 0.0]
+
+
 def test_an_origin_is_told_from_what_follows_it():
     with OpTrace(layers=["a", "b"], batch_size=3) as tracer:
         with tf.name_scope("a"):
