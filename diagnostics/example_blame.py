@@ -14,6 +14,7 @@ import numpy as np
 
 from diagnostics.culprits import Trials, leave_out_search, odd_rows
 from diagnostics.diagnosis import FirstNonfinite
+from diagnostics.errors import InputError
 from diagnostics.op_domains import domain_fault
 from diagnostics.op_records import HitDetails
 from diagnostics.protocol import Batch, Program, ReplayableRun, State
@@ -51,6 +52,8 @@ def examples_at_fault(
     if own and not odd and _weights_exploded(details, own, overflowed):
         return ()
     trials = Trials(program, state, batch, step)
+    if own and set(own) <= set(odd) and trials.survives_without(own):
+        return own
     others_pass = _other_batches_pass(run, trials, batch, step)
     if others_pass is False:
         return ()
@@ -100,7 +103,10 @@ def _other_batches_pass(run: ReplayableRun, trials: Trials, batch: Batch, step: 
     wanted = [step + 1, step + 2, step - 1, step + 3]
     verdicts: list[bool] = []
     for other in [number for number in wanted if number >= 0][:OTHER_BATCHES]:
-        neighbour = run.batch(other)
+        try:
+            neighbour = run.batch(other)
+        except InputError:  # a damaged file of another step is not this step's affair
+            continue
         if neighbour is None or _shapes(neighbour) != _shapes(batch):
             continue
         verdicts.append(trials.survives(neighbour))

@@ -15,7 +15,7 @@ from toy_step import initial_state
 
 from diagnostics import trace
 from diagnostics.diagnosis import FirstNonfinite
-from diagnostics.errors import NothingToDiagnose
+from diagnostics.errors import InputError, NothingToDiagnose
 from diagnostics.op_trace import OpTrace
 from diagnostics.protocol import Batch, Check, State, StepOutcome
 
@@ -102,6 +102,14 @@ def test_square_root_of_zero_shows_only_backwards():
     assert (found.examples, found.example_names) == ((11,), ("example-11",))
 
 
+def test_odd_examples_are_blamed_even_if_every_batch_has_some():
+    config = ToyConfig(loss="sqrt_backward", poisoned=dict.fromkeys(range(0, 64, 3), "zero"))
+    batches = [toy_batch(config, step)["example_ids"] for step in range(4)]
+    zeros = [tuple(int(e) for e in batch if e % 3 == 0) for batch in batches]
+    assert all(zeros)
+    assert located(config).examples == zeros[0]
+
+
 def test_division_by_zero_variance():
     found = located(ToyConfig(loss="division_by_variance", poisoned={11: "constant"}))
     assert (found.stage, found.op, found.kind, found.examples) == ("loss", "RealDiv", "inf", (11,))
@@ -159,8 +167,13 @@ def test_an_innocent_batch_after_a_poisoned_one_is_innocent():
     assert located(config).examples == ()
 
 
-def test_without_other_batches_only_few_or_odd_rows_are_blamed(monkeypatch):
-    monkeypatch.setattr(ToyRun, "batch", lambda self, step: None)
+@pytest.mark.parametrize("error", [None, InputError("image 7 is damaged")])
+def test_without_other_batches_only_few_or_odd_rows_are_blamed(monkeypatch, error):
+    def batch(self: ToyRun, step: int) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(ToyRun, "batch", batch)
     assert located(ToyConfig(loss="log_of_zero", sigma=10.0)).examples == ()
     assert located(ToyConfig(loss="sqrt_backward", poisoned={11: "zero"})).examples == (11,)
 
@@ -291,6 +304,35 @@ def test_a_check_decides_between_two_faults():
         batch = toy_batch(config, 0)
         found = locate_with(ToyRun(config), Harmless(config), initial_state(config), batch, 0)
         assert (found.stage, found.layer or "", found.op) == (stage, layer, "RealDiv")
+
+
+def test_a_value_that_nothing_uses_does_not_mislead():
+    class Idle(ToyProgram):
+        def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
+            tracer.phase("forward")
+            with tf.name_scope("dense1"):
+                tf.math.log([0.0])
+            super().trace(batch, step, tracer)
+
+    for stage, layer in (("forward", "dense3"), ("loss", ""), ("update", "logits")):
+        config = ToyConfig(fault=Fault(stage, layer))
+        batch = toy_batch(config, 0)
+        found = locate_with(ToyRun(config), Idle(config), initial_state(config), batch, 0)
+        assert (found.stage, found.layer or "", found.op) == (stage, layer, "RealDiv")
+
+
+def test_a_layer_without_a_name_scope_is_found_by_its_stage():
+    class Renamed(ToyProgram):
+        def run(self, batch: Batch, step: int) -> StepOutcome:
+            outcome = super().run(batch, step)
+            failed = tuple(c._replace(layer="block7") for c in outcome.failed if c.layer)
+            return dataclasses.replace(outcome, failed=failed)
+
+    config = ToyConfig(fault=Fault("forward", "dense2"))
+    batch = toy_batch(config, 0)
+    found = locate_with(ToyRun(config), Renamed(config), initial_state(config), batch, 0)
+    assert (found.stage, found.layer, found.op) == ("forward", "dense2", "RealDiv")
+    assert found.seen_in == "op-by-op replay"
 
 
 def test_an_op_that_refuses_its_input_ends_the_replay():

@@ -94,6 +94,9 @@ class ToyProgram:
         inputs, labels = self._fed(batch)
         self._proposal(inputs, labels, tf.constant(step, tf.int64), tracer.phase)
 
+    def release(self) -> None:
+        """Its thousand weights may stay where they are."""
+
     def _fed(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         if self._change is not None and self._change.kind == "without_examples":
             batch = without_examples(batch, self._change.value)
