@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from diagnostics.protocol import ReplayableRun, State, StepOutcome
-from diagnostics.replay import needed_batch
+from diagnostics.errors import SnapshotDamaged
+from diagnostics.protocol import ReplayableRun, State
+from diagnostics.replay import OnStep, ignore_step, nearest_state, needed_batch
 
 T = TypeVar("T")
 
@@ -41,28 +42,37 @@ def all_finite(state: State) -> bool:
     )
 
 
-def first_bad_step(
-    run: ReplayableRun,
-    last: int,
-    on_step: Callable[[int, StepOutcome], None] = lambda step, outcome: None,
-) -> int | None:
+def first_bad_step(run: ReplayableRun, last: int, on_step: OnStep = ignore_step) -> int | None:
     """The first step up to `last` that is refused when replayed; None if none is.
 
     Stored states are bisected for the first that holds a non-finite value (a NaN
     in a state never leaves it); then only the steps after the last good one are
-    replayed.
+    replayed. A state that is bad although the replay up to it was clean was
+    overwritten: its step is the answer.
+
+    Raises:
+      InputError: a batch on the way is gone.
     """
     stored = [step for step in run.state_steps() if step <= last]
-    bad = first_true(stored, lambda step: not all_finite(run.state_before(step)))
+    bad = first_true(stored, lambda step: not _good(run, step))
     if bad == 0:
         return stored[0]
-    start = stored[bad - 1]
     end = stored[bad] if bad < len(stored) else last + 1
+    start, state = nearest_state(run, stored[bad - 1])
     program = run.program()
-    program.load(run.state_before(start))
+    program.load(state)
     for step in range(start, end):
         outcome = program.run(needed_batch(run, step), step)
         on_step(step, outcome)
         if not outcome.applied:
             return step
+    program.release()
     return None if bad == len(stored) else end
+
+
+def _good(run: ReplayableRun, step: int) -> bool:
+    """Whether a stored state is finite; one that cannot be read is replayed through."""
+    try:
+        return all_finite(run.state_before(step))
+    except SnapshotDamaged:
+        return True

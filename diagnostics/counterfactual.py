@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from diagnostics.diagnosis import Cause, Counterfactual, Recommendation
-from diagnostics.protocol import Batch, Change, ReplayableRun, State
+from diagnostics.diagnosis import Counterfactual
+from diagnostics.errors import ToolError
+from diagnostics.protocol import Batch, Change, Program, ReplayableRun, State
+from diagnostics.replay import needed_batch
+from diagnostics.survival import not_learning, runaway
 
 CONTROL = Change("none", None, "nothing changed (control)", rank=0)
-# A finite loss may still be a dead run: this many times the loss of guessing.
-RUNAWAY_LOSS = 10.0
-# A stalled run has begun to learn once the loss is below this part of guessing.
-_LEARNT = 0.97
-_TAIL = 9  # steps whose median loss counts as the last loss
+MARGIN = 3  # steps that a fix must outlast the failing step by, or its own warm-up
+CUT_SHORT = "cut short by the budget"
+_CAPTURED_ONLY = "on the captured batch only"
+_STILL_WARMING = "the warm-up lasts longer than this replay"
 _BISECTIONS = 3
-_MAX_CACHED_BATCHES = 64
-# Causes and the kinds of change that answer them, best first.
-ANSWERS = {
-    "data": ("without_examples", "input_scale"),
-    "labels": ("without_examples",),
-    "init": ("init", "init_scale"),
-    "learning_rate": ("learning_rate", "warmup", "clip_norm"),
-    "loss_formula": ("loss_formula",),
-    "precision": ("precision", "optimizer_epsilon"),
-    "optimizer": ("optimizer_epsilon", "learning_rate", "clip_norm"),
-    "architecture": ("init", "learning_rate", "clip_norm"),
-}
+_LOWER_RATES, _LOWER_FACTOR = 3, 30.0
+_CACHE_BYTES = 256 * 1024**2  # of batches kept for the next replay
+
+MatrixProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -50,11 +42,18 @@ class Matrix:
     """All counterfactuals of one failure, within a time budget.
 
     Args:
-      failing_step: the step that the guard refused.
+      failing_step: the step that the guard refused, or where the run ran away.
       budget_seconds: no replay starts after that; the one under way is cut at a
-        step. At least the control and one change are run.
-      progress: called with (done, planned, label) before each replay.
+        step once half as much again is spent. At least one change is tried.
+      step_seconds: of one compiled step, to judge what the budget allows.
+      progress: called with (done, planned, label) before each step.
       must_learn: a replay survives only if its loss leaves that of guessing.
+      clock: seconds.
+
+    Attributes:
+      results: in the order of the replays.
+      changes: what was tried, by label.
+      dropped: labels that the budget left no time for.
     """
 
     def __init__(
@@ -62,77 +61,116 @@ class Matrix:
         run: ReplayableRun,
         failing_step: int,
         budget_seconds: float,
-        progress: Callable[[int, int, str], None] = lambda done, planned, label: None,
+        step_seconds: float = 0.0,
+        progress: MatrixProgress = lambda done, planned, label: None,
         must_learn: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._failing = failing_step
-        self._deadline = time.monotonic() + budget_seconds
-        self._budget = budget_seconds
+        self._clock = clock
+        self._deadline = clock() + budget_seconds
+        self._budget, self._step_seconds = budget_seconds, step_seconds
         self._progress = progress
-        self._must_learn = must_learn
+        self._recorded = run.telemetry() if must_learn else None
         self._batches: dict[int, Batch] = {}
+        self._cached_bytes = 0
         self._captured_only = False
+        self._planned = 0
         self.results: list[Counterfactual] = []
+        self.changes: dict[str, Change] = {}
         self.dropped: list[str] = []
 
     def explore(self, changes: Sequence[Change], plan: Plan) -> list[Counterfactual]:
-        """Runs the control and every change; marks the smallest that survived.
+        """Runs the control and every change.
 
-        A run that must learn needs no control: the recorded steps are it.
+        Stops after a control that survives: then no change can be proven a fix. A run
+        that must learn needs no control: the recorded steps are it.
         """
-        planned = len(changes) + 1
-        if not self._must_learn:
-            self._try(CONTROL, plan, planned)
-        for change in sorted(changes, key=lambda change: change.rank):
-            if self.results and time.monotonic() > self._deadline:
+        self._planned = len(changes) + int(self._recorded is None)
+        if self._recorded is None and self.attempt(CONTROL, plan).survived:
+            return self.results
+        least = len(self.results) + 1
+        # Where the plan does not begin at step 0, a replay from there is dear.
+        dear = plan.origin > 0
+        for change in sorted(changes, key=lambda one: (dear and one.from_start, one.rank)):
+            if len(self.results) >= least and self._clock() > self._deadline:
                 self.dropped.append(change.label)
                 continue
-            begin = Plan(0, plan.end) if change.from_start else plan
-            self._try(change, begin, planned)
+            self.attempt(change, Plan(0, plan.end) if change.from_start else plan)
         self._largest_learning_rate(changes, plan)
-        self._mark_minimal(changes)
         return self.results
 
-    def replay(self, change: Change, plan: Plan) -> Counterfactual:
-        """One replay: survived, how far it came, its last loss, and why it ended."""
-        program = self._run.program(change)
-        program.load(self._origin_state(change, plan))
+    def attempt(self, change: Change, plan: Plan) -> Counterfactual:
+        """One replay, added to the results."""
+        self._planned = max(self._planned, len(self.results) + 1)
+        self.changes[change.label] = change
+        result = self._replay(change, plan)
+        self.results.append(result)
+        return result
+
+    def affords(self, steps: int) -> bool:
+        """Whether so many more steps end before a replay would be cut."""
+        return steps * self._step_seconds <= self._cut_at() - self._clock()
+
+    def _cut_at(self) -> float:
+        return self._deadline + 0.5 * self._budget
+
+    def _replay(self, change: Change, plan: Plan) -> Counterfactual:
         losses: list[float] = []
-        note, ran = "", 0
-        for step in range(plan.origin, plan.end):
-            if losses and time.monotonic() > self._deadline + 0.5 * self._budget:
-                note = "cut short by the budget"
-                break
-            outcome = program.run(self._batch(step), step)
-            if not outcome.applied:
-                where = outcome.failed[0].describe() if outcome.failed else "refused"
-                note = f"step {step}: {where} not finite"
-                break
-            losses.append(float(outcome.telemetry["loss"]))
-            ran += 1
-            if self._must_learn and ran >= _TAIL and not self._runaway(losses):
-                break  # it has begun to learn: more steps prove no more
-        reached = self._must_learn or plan.origin + ran > self._failing
-        runaway = self._runaway(losses)
-        survived = not note and reached and not runaway
-        program.release()
+        end, caveat = self._end(change, plan)
+        try:
+            program = self._run.program(change)
+            program.load(self._origin_state(change, plan))
+            note = self._run_steps(program, change, Plan(plan.origin, end), losses)
+            program.release()
+        except ToolError as error:
+            note = f"cannot be replayed: {error.message}"
+        note = note or runaway(losses, self._run.facts) or self._idle(losses)
+        reached = self._recorded is not None or plan.origin + len(losses) > self._failing
+        caveats = [caveat, _CAPTURED_ONLY if self._captured_only else ""]
         return Counterfactual(
             change=change.label,
             kind=change.kind,
             value=change.value,
-            survived=survived,
-            steps=ran,
+            survived=not note and reached,
+            steps=len(losses),
             first_step=plan.origin,
             loss=losses[-1] if losses else None,
-            note="; ".join(filter(None, [note or runaway, self._data_note()])),
+            note="; ".join(filter(None, [note, *caveats])),
         )
 
-    def _try(self, change: Change, plan: Plan, planned: int) -> Counterfactual:
-        self._progress(len(self.results), planned, change.label)
-        result = self.replay(change, plan)
-        self.results.append(result)
-        return result
+    def _run_steps(self, program: Program, change: Change, plan: Plan, losses: list[float]) -> str:
+        """Appends each step's loss; returns why it ended early, or ''."""
+        for step in range(plan.origin, plan.end):
+            if losses and self._clock() > self._cut_at():
+                return CUT_SHORT
+            where = f"{change.label}, step {step} of {plan.end - 1}"
+            self._progress(len(self.results), self._planned, where)
+            outcome = program.run(self._batch(step), step)
+            if not outcome.applied:
+                where = outcome.failed[0].describe() if outcome.failed else "something"
+                return f"step {step}: {where} not finite"
+            losses.append(float(outcome.telemetry["loss"]))
+            if self._recorded is not None and not self._idle(losses):
+                break  # it has begun to learn: more steps prove no more
+        return ""
+
+    def _idle(self, losses: Sequence[float]) -> str:
+        """Why a replay that must learn does not; '' if it does or need not."""
+        if self._recorded is None:
+            return ""
+        return not_learning(losses, self._run.facts, self._recorded)
+
+    def _end(self, change: Change, plan: Plan) -> tuple[int, str]:
+        """Where a replay ends, and a caveat: while a warm-up lasts, surviving proves little."""
+        if change.kind != "warmup" or plan.end >= change.value + MARGIN:
+            return plan.end, ""
+        end = int(change.value) + MARGIN
+        left = max(0.0, self._deadline - self._clock())
+        if (end - plan.origin) * self._step_seconds > 0.25 * left:
+            return plan.end, _STILL_WARMING
+        return end, ""
 
     def _origin_state(self, change: Change, plan: Plan) -> State:
         if plan.origin == 0:
@@ -140,89 +178,56 @@ class Matrix:
         return self._run.state_before(plan.origin)
 
     def _batch(self, step: int) -> Batch:
-        if step not in self._batches:
-            batch = self._run.batch(step)
-            if batch is None:
-                self._captured_only = True
-                batch = self._run.batch(self._failing)
-                assert batch is not None, "an incident always holds its batch"
-            if len(self._batches) >= _MAX_CACHED_BATCHES:
-                return batch
+        if step in self._batches:
+            return self._batches[step]
+        batch = self._run.batch(step)
+        if batch is None:
+            self._captured_only = True
+            batch = needed_batch(self._run, self._failing)
+        self._cached_bytes += sum(array.nbytes for array in batch.values())
+        if self._cached_bytes <= _CACHE_BYTES:
             self._batches[step] = batch
-        return self._batches[step]
-
-    def _data_note(self) -> str:
-        return "on the captured batch only" if self._captured_only else ""
-
-    def _runaway(self, losses: Sequence[float]) -> str:
-        """Why a finite run still counts as dead; '' if it does not."""
-        if not losses:
-            return "no step ran"
-        chance = self._run.facts.chance_loss
-        tail = statistics.median(losses[-_TAIL:])
-        usual = chance if chance is not None else max(abs(losses[0]), 1e-3)
-        if not math.isfinite(tail) or tail > RUNAWAY_LOSS * usual:
-            return f"finite, but the loss stands at {tail:.3g}"
-        if self._must_learn and tail > _LEARNT * usual:
-            return f"does not learn: the loss stands at {tail:.4g}"
-        return ""
+        return batch
 
     def _largest_learning_rate(self, changes: Iterable[Change], plan: Plan) -> None:
         """Bisects (in log scale) between the largest surviving rate and the next above."""
         rates = {r.value: r.survived for r in self.results if r.kind == "learning_rate"}
-        alive = [rate for rate, survived in rates.items() if survived]
         full = self._run.facts.learning_rate
-        if not alive or not full:
+        if not rates or not full:
+            return
+        rank = min(change.rank for change in changes if change.kind == "learning_rate")
+        if not any(one.survived for one in self.results):
+            self._lower_rates(rates, rank, plan)
+        alive = [rate for rate, survived in rates.items() if survived]
+        if not alive:
             return
         low = max(alive)
         high = min([rate for rate, survived in rates.items() if rate > low] + [full])
         for _ in range(_BISECTIONS):
-            if time.monotonic() > self._deadline or high / low < 1.5:
+            if self._clock() > self._deadline or high / low < 1.5:
                 break
-            middle = float(f"{math.sqrt(low * high):.2g}")
-            change = Change("learning_rate", middle, f"learning rate {middle:g}", rank=3)
-            if self._try(change, plan, len(self.results) + 1).survived:
+            middle = _neat(math.sqrt(low * high))
+            if self._try_rate(middle, rank, plan):
                 low = middle
             else:
                 high = middle
 
-    def _mark_minimal(self, changes: Sequence[Change]) -> None:
-        """The surviving change of lowest rank; of learning rates the largest."""
-        rank = {change.label: change.rank for change in changes}
-        survivors = [r for r in self.results if r.survived and r.kind != "none"]
-        if not survivors:
-            return
-        best = min(survivors, key=lambda r: (rank.get(r.change, 3), -_magnitude(r)))
-        place = self.results.index(best)
-        self.results[place] = dataclasses.replace(best, minimal=True)
+    def _lower_rates(self, rates: dict[float, bool], rank: int, plan: Plan) -> None:
+        """Where nothing at all survived: still smaller rates, until one does."""
+        rate = min(rates)
+        for _ in range(_LOWER_RATES):
+            if self._clock() > self._deadline:
+                break
+            rate = _neat(rate / _LOWER_FACTOR)
+            rates[rate] = self._try_rate(rate, rank, plan)
+            if rates[rate]:
+                break
+
+    def _try_rate(self, rate: float, rank: int, plan: Plan) -> bool:
+        change = Change("learning_rate", rate, f"learning rate {rate:g}", rank=rank)
+        return self.attempt(change, plan).survived
 
 
-def _magnitude(result: Counterfactual) -> float:
-    return result.value if isinstance(result.value, float) else 0.0
-
-
-def recommend(
-    run: ReplayableRun, cause: Cause, results: Sequence[Counterfactual], changes: Sequence[Change]
-) -> Recommendation | None:
-    """The surviving change that answers the cause, as a command; None if none survived.
-
-    `verified` only if this very change ran from step 0 past the failing step.
-    """
-    by_kind = ANSWERS.get(cause.kind, ())
-    rank = {change.label: change.rank for change in changes}
-
-    def order(result: Counterfactual) -> tuple[int, int, float]:
-        place = by_kind.index(result.kind) if result.kind in by_kind else len(by_kind)
-        return place, rank.get(result.change, 3), -_magnitude(result)
-
-    survivors = sorted((r for r in results if r.survived and r.kind != "none"), key=order)
-    for result in survivors:
-        change = Change(result.kind, result.value, result.change)
-        command = run.command(change)
-        if command:
-            whole = result.first_step == 0 and "captured" not in result.note
-            ran = f"steps {result.first_step} to {result.first_step + result.steps - 1}"
-            return Recommendation(
-                command, whole, f"{result.change}: replayed {ran}, last loss {result.loss:.4g}"
-            )
-    return None
+def _neat(rate: float) -> float:
+    """Two digits, as a person would type it."""
+    return float(f"{rate:.2g}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 
+from diagnostics.bisection import first_bad_step
 from diagnostics.causes import Evidence, judge
-from diagnostics.counterfactual import Matrix, Plan, recommend
-from diagnostics.diagnosis import Cause, Counterfactual, Diagnosis, FirstNonfinite, Onset
+from diagnostics.counterfactual import Matrix, Plan
+from diagnostics.diagnosis import Cause, Diagnosis, FirstNonfinite, Onset
 from diagnostics.errors import NothingToDiagnose
 from diagnostics.examine import Progress, no_progress
+from diagnostics.fix_search import Fixes, plan_replays, search_fixes
 from diagnostics.onset import find_onset
 from diagnostics.protocol import (
     Batch,
@@ -26,20 +28,23 @@ from diagnostics.protocol import (
     Telemetry,
 )
 from diagnostics.replay import (
+    check_step,
+    failing_row,
     needed_batch,
-    replay_telemetry,
     reproduce,
     state_at,
     telemetry_differences,
 )
+from diagnostics.rewind import telemetry_until
 from diagnostics.stall import detect_divergence, detect_stall
+from diagnostics.survival import RUNAWAY_LOSS
+from diagnostics.telemetry_view import scalar_column
 from diagnostics.tensor_stats import TensorStats, describe
 from diagnostics.trace import locate
 
 DEFAULT_BUDGET = 180.0  # seconds for all counterfactuals together
-_MIN_MARGIN = 3  # steps that a fix must outlast the failing step by
-_USUAL_MARGIN = 8
 _STALL_STEPS = 400  # that a fix may take to begin to learn
+_LEAST_STEPS = 30
 
 
 def diagnose(
@@ -48,6 +53,7 @@ def diagnose(
     step: int | None = None,
     budget_seconds: float = DEFAULT_BUDGET,
     progress: Progress = no_progress,
+    on_telemetry: Callable[[Telemetry], None] = lambda telemetry: None,
 ) -> Diagnosis:
     """Replays, locates, dates, explains, and tests fixes.
 
@@ -56,124 +62,135 @@ def diagnose(
         of a run that diverged or stalled.
       budget_seconds: for the counterfactual replays; 0 runs none.
       progress: called with (what, done, total); total 0 where it is not known.
+      on_telemetry: told the telemetry that the onset was looked for in: the
+        recorded one, or a replayed one where it is missing.
 
     Raises:
       NothingToDiagnose: there is no incident and the recorded run is healthy, or
         the step asked for is healthy.
-      InputError: the state or batch of the step cannot be had.
+      InputError: the run has no such step, or its state or batch cannot be had.
     """
-    target = run.incident_step() if step is None else step
-    if target is None:
-        return _unhealthy_without_incident(run, budget_seconds, progress)
-    return _Session(run, target, budget_seconds, progress).failure()
+    if step is not None:
+        check_step(run, step)
+    target = _failing_step(run, progress) if step is None else step
+    session = _Session(run, target, budget_seconds, progress, on_telemetry)
+    return session.finite_trouble() if target is None else session.failure()
 
 
-def _unhealthy_without_incident(
-    run: ReplayableRun, budget_seconds: float, progress: Progress
-) -> Diagnosis:
-    telemetry = run.telemetry()
-    for verdict, detect in (("diverged", detect_divergence), ("stalled", detect_stall)):
-        reason = detect(telemetry, run.facts)
-        if reason is not None:
-            last = int(telemetry.steps[-1])
-            session = _Session(run, last, budget_seconds, progress)
-            return session.finite_trouble(verdict, str(reason))
-    raise NothingToDiagnose(
-        f"{run.name} left no incident, and its recorded steps are healthy",
-        "Use --step N to look at one step",
-    )
+def _failing_step(run: ReplayableRun, progress: Progress) -> int | None:
+    """The incident's step; without an incident the step whose numbers stopped being finite."""
+    telemetry, incident = run.telemetry(), run.incident_step()
+    if incident is not None:
+        return incident
+    if telemetry.steps.size:
+        return failing_row(telemetry)
+    last = run.state_steps()[-1]
+    return first_bad_step(run, last, lambda now, _: progress("searching", now, last))
 
 
 class _Session:
     """One diagnosis; keeps what its stages share."""
 
     def __init__(
-        self, run: ReplayableRun, step: int, budget_seconds: float, progress: Progress
+        self,
+        run: ReplayableRun,
+        step: int | None,
+        budget_seconds: float,
+        progress: Progress,
+        on_telemetry: Callable[[Telemetry], None],
     ) -> None:
-        self._run, self._step = run, step
+        self._run = run
+        self._step = 0 if step is None else step
         self._budget, self._progress = budget_seconds, progress
+        self._on_telemetry = on_telemetry
         self._seconds: dict[str, float] = {}
-        self._notes: list[str] = list(run.conditions())
+        self._notes: list[str] = []
 
     def failure(self) -> Diagnosis:
         """The diagnosis of a step that the guard refused (or that was asked for)."""
         run, step = self._run, self._step
         with self._timed("state and batch"):
-            state = state_at(run, step, lambda now, _: self._progress("rewinding", now, step))
+            state = state_at(run, step, self._rewinding)
             batch = needed_batch(run, step)
         with self._timed("replay"):
             program = run.program()
             found = reproduce(run, program, state, batch, step)
-        if found.outcome.applied and step != run.incident_step():
+        recurred = found.verdict != "not_reproduced"
+        if found.outcome.applied and recurred:
             raise NothingToDiagnose(f"step {step} of {run.name} is healthy")
         self._notes += found.differences[:5]
         with self._timed("location"):
-            place = None
-            if not found.outcome.applied:
-                place = locate(run, program, state, batch, step, found.outcome)
+            place = locate(run, program, state, batch, step, found.outcome) if recurred else None
         with self._timed("onset"):
-            telemetry = self._telemetry()
+            telemetry = self._telemetry_until_failure()
             onset = find_onset(telemetry, run.facts)
         evidence = self._evidence(
             found.verdict, place, onset, telemetry, found.outcome, state, batch
         )
-        with self._timed("cause"):
-            cause = judge(evidence)
-        if found.verdict == "not_reproduced":
-            return self._diagnosis("not_reproduced", place, onset, cause)
-        with self._timed("counterfactuals"):
-            step_seconds = _time_of_step(program, batch, step)
+        if not recurred:
+            fixes = Fixes(self._passed_over(judge(evidence)), (), None, ())
+        else:
+            seconds = _time_of_step(program, state, batch, step)
             program.release()
-            results, changes = self._counterfactuals(place, onset, step_seconds, cause)
-            cause = judge(dataclasses.replace(evidence, counterfactuals=tuple(results)))
-        return self._diagnosis(found.verdict, place, onset, cause, results, changes)
+            fixes = self._tested_fixes(evidence, seconds)
+        return self._diagnosis(evidence, fixes)
 
-    def finite_trouble(self, verdict: str, reason: str) -> Diagnosis:
-        """The diagnosis of a run that is finite but runs away or does not learn."""
+    def finite_trouble(self) -> Diagnosis:
+        """The diagnosis of a run that is finite but runs away or does not learn.
+
+        Raises:
+          NothingToDiagnose: it does neither.
+        """
         run = self._run
         telemetry = run.telemetry()
-        onset = find_onset(telemetry, run.facts)
-        first = int(telemetry.steps[0])
-        state, batch = run.start_state(), needed_batch(run, first)
-        program = run.program()
-        program.load(state)
-        outcome = program.run(batch, first)
+        verdict, reason = self._unhealthy(telemetry)
+        self._step = int(telemetry.steps[-1])
+        self._on_telemetry(telemetry)
         self._notes.append(reason)
-        self._notes += telemetry_differences(telemetry, first, outcome)[:3]
-        evidence = self._evidence(verdict, None, onset, telemetry, outcome, state, batch)
-        with self._timed("counterfactuals"):
-            step_seconds = _time_of_step(program, batch, first)
+        with self._timed("replay"):
+            state, batch = run.start_state(), run.batch(0)
+            program = run.program()
+            outcome, seconds = None, 0.0
+            if batch is not None:
+                program.load(state)
+                outcome = program.run(batch, 0)
+                seconds = _time_of_step(program, state, batch, 0)
+                self._notes += telemetry_differences(telemetry, 0, outcome)[:3]
             program.release()
-            changes = self._finite_changes(verdict)
-            room = self._budget / (len(changes) + 1) / max(step_seconds, 1e-4)
-            stalled = verdict == "stalled"
-            steps = int(min(_STALL_STEPS if stalled else len(telemetry.steps), max(room, 10)))
-            matrix = self._matrix(must_learn=stalled)
-            results = matrix.explore(changes, Plan(0, steps)) if self._budget else []
-        cause = judge(dataclasses.replace(evidence, counterfactuals=tuple(results)))
-        return self._diagnosis(verdict, None, onset, cause, results, changes)
+        onset = find_onset(telemetry, run.facts)
+        evidence = self._evidence(verdict, None, onset, telemetry, outcome, state, batch or {})
+        if batch is None:
+            self._notes.append("without the data no change can be replayed")
+            return self._diagnosis(evidence, Fixes(judge(evidence), (), None, ()))
+        return self._diagnosis(evidence, self._tested_fixes(evidence, seconds))
 
-    def _finite_changes(self, verdict: str) -> list[Change]:
-        rate = self._run.facts.learning_rate
-        changes = list(self._run.changes(self._step, ()))
-        if verdict == "stalled":
-            changes = [c for c in changes if c.kind in ("init", "init_scale", "input_scale")]
-            if rate:
-                label = f"learning rate {rate * 10:g}"
-                changes.append(Change("learning_rate", rate * 10, label, rank=3))
-        return changes
+    def _unhealthy(self, telemetry: Telemetry) -> tuple[str, str]:
+        """(verdict, reason) of a finite run in trouble."""
+        for verdict, detect in (("diverged", detect_divergence), ("stalled", detect_stall)):
+            reason = detect(telemetry, self._run.facts)
+            if reason is not None:
+                return verdict, reason
+        raise NothingToDiagnose(
+            f"{self._run.name} left no incident, and its recorded steps are healthy",
+            "Use --step N to look at one step",
+        )
 
-    def _telemetry(self) -> Telemetry:
-        """The recording; where it is missing, replayed from the nearest earlier state."""
-        recorded = self._run.telemetry()
-        if recorded.steps.size:
-            return recorded
-        start = max(s for s in self._run.state_steps() if s <= self._step)
-        if start == self._step and self._step > 0:
-            earlier = [s for s in self._run.state_steps() if s < self._step]
-            start = earlier[-1] if earlier else start
-        self._notes.append(f"no telemetry was recorded; replayed from step {start}")
-        return replay_telemetry(self._run, start, self._step + 1)
+    def _rewinding(self, now: int, _: StepOutcome) -> None:
+        self._progress("rewinding", now, self._step)
+
+    def _telemetry_until_failure(self) -> Telemetry:
+        rewound = telemetry_until(self._run, self._step, self._rewinding)
+        self._notes += [rewound.note] if rewound.note else []
+        self._on_telemetry(rewound.telemetry)
+        return rewound.telemetry
+
+    def _passed_over(self, cause: Cause) -> Cause:
+        """The cause of a failure that did not recur; unsure if the replay ran on something else."""
+        conditions = self._run.conditions()
+        if not conditions:
+            return cause
+        caveat = f"Or it needs the conditions of the recording, which differ: {conditions[0]}"
+        return Cause(cause.kind, min(cause.confidence, 0.5), (*cause.evidence, caveat))
 
     def _evidence(
         self,
@@ -181,12 +198,11 @@ class _Session:
         place: FirstNonfinite | None,
         onset: Onset | None,
         telemetry: Telemetry,
-        outcome: StepOutcome,
+        outcome: StepOutcome | None,
         state: State,
         batch: Batch,
     ) -> Evidence:
         with self._timed("statistics"):
-            labels = batch.get("labels")
             return Evidence(
                 facts=self._run.facts,
                 verdict=verdict,
@@ -198,97 +214,64 @@ class _Session:
                 weight_stats=_statistics(state),
                 initial_weight_stats=_statistics(self._run.start_state()),
                 batch_stats=_statistics(batch),
-                label_range=_range(labels),
+                label_range=_range(batch.get("labels")),
                 counterfactuals=(),
             )
 
-    def _counterfactuals(
-        self,
-        place: FirstNonfinite | None,
-        onset: Onset | None,
-        step_seconds: float,
-        cause: Cause,
-    ) -> tuple[list[Counterfactual], list[Change]]:
+    def _tested_fixes(self, evidence: Evidence, step_seconds: float) -> Fixes:
+        """The cause, and the changes that were replayed within the budget."""
         if not self._budget:
-            return [], []
-        suspects = place.examples if place is not None else ()
-        changes = list(self._run.changes(self._step, suspects))
-        plan = self._plan(len(changes) + 1, step_seconds, onset)
-        matrix = self._matrix()
-        results = matrix.explore(changes, plan)
-        if matrix.dropped:
-            self._notes.append(f"the budget ended before: {', '.join(matrix.dropped)}")
-        if results[0].survived:
-            self._notes.append(
-                f"the control survived from step {plan.origin} on: the failure does not "
-                "follow from these states alone, so no replay proves a fix"
-            )
-            return results[:1], []
-        best = recommend(self._run, cause, results, changes)
-        if best is not None and not best.verified and plan.origin > 0:
-            results = self._confirm_from_start(matrix, results, changes, cause, step_seconds)
-        return results, changes
-
-    def _confirm_from_start(
-        self,
-        matrix: Matrix,
-        results: list[Counterfactual],
-        changes: Sequence[Change],
-        cause: Cause,
-        step_seconds: float,
-    ) -> list[Counterfactual]:
-        """Replays the best change from step 0, if the budget's half again allows it."""
-        end = self._step + 1 + _MIN_MARGIN
-        if end * step_seconds > 0.5 * self._budget:
-            return results
-        best = recommend(self._run, cause, results, changes)
-        if best is None:
-            return results
-        for result in results:
-            if result.survived and best.sentence.startswith(result.change):
-                change = Change(result.kind, result.value, result.change, rank=0)
-                results.append(matrix.replay(change, Plan(0, end)))
-                break
-        return results
-
-    def _plan(self, replays: int, step_seconds: float, onset: Onset | None) -> Plan:
-        """From step 0 if the budget allows; else from a state before the onset."""
-        room = self._budget / replays / max(step_seconds, 1e-4)
-        begun = [s for s in self._run.state_steps() if s <= self._step]
-        before = onset.step if onset is not None else self._step
-        affordable = [s for s in begun if self._step + 1 + _MIN_MARGIN - s <= room]
-        origin = 0 if 0 in affordable else max([s for s in begun if s <= before], default=begun[-1])
-        margin = min(max(_USUAL_MARGIN, self._step), room - (self._step + 1 - origin))
-        return Plan(origin, self._step + 1 + max(_MIN_MARGIN, int(margin)))
-
-    def _matrix(self, must_learn: bool = False) -> Matrix:
-        return Matrix(
+            return Fixes(judge(evidence), (), None, ())
+        changes = self._changes(evidence)
+        affordable = self._budget / (len(changes) + 1) / max(step_seconds, 1e-4)
+        stalled = evidence.verdict == "stalled"
+        if stalled:
+            failing = self._step
+            plan = Plan(0, int(min(_STALL_STEPS, max(affordable, _LEAST_STEPS))))
+        else:
+            failing = _dead_from(evidence)
+            plan = plan_replays(self._run, failing, evidence.onset, affordable)
+        matrix = Matrix(
             self._run,
-            self._step,
+            failing,
             self._budget,
+            step_seconds,
             lambda done, planned, label: self._progress(f"replaying: {label}", done, planned),
-            must_learn=must_learn,
+            must_learn=stalled,
         )
+        with self._timed("counterfactuals"):
+            return search_fixes(
+                self._run,
+                matrix,
+                changes,
+                plan,
+                failing,
+                lambda tried: judge(dataclasses.replace(evidence, counterfactuals=tuple(tried))),
+            )
 
-    def _diagnosis(
-        self,
-        verdict: str,
-        place: FirstNonfinite | None,
-        onset: Onset | None,
-        cause: Cause,
-        results: Sequence[Counterfactual] = (),
-        changes: Sequence[Change] = (),
-    ) -> Diagnosis:
+    def _changes(self, evidence: Evidence) -> list[Change]:
+        place = evidence.first_nonfinite
+        changes = list(self._run.changes(self._step, place.examples if place else ()))
+        rate = self._run.facts.learning_rate
+        if evidence.verdict == "stalled":
+            changes = [c for c in changes if c.kind in ("init", "init_scale", "input_scale")]
+            if rate:
+                label = f"learning rate {rate * 10:g}"
+                changes.append(Change("learning_rate", rate * 10, label, rank=3))
+        return changes
+
+    def _diagnosis(self, evidence: Evidence, fixes: Fixes) -> Diagnosis:
         return Diagnosis(
             run_dir=self._run.name,
             step=self._step,
-            verdict=verdict,
-            first_nonfinite=place,
-            onset=onset,
-            cause=_with_note(cause, self._run.facts),
-            counterfactuals=tuple(results),
-            recommendation=recommend(self._run, cause, results, changes) if results else None,
-            notes=tuple(self._notes),
+            verdict=evidence.verdict,
+            first_nonfinite=evidence.first_nonfinite,
+            onset=evidence.onset,
+            cause=_with_note(fixes.cause, self._run.facts),
+            counterfactuals=fixes.results,
+            recommendation=fixes.recommendation,
+            # Last, because reading damaged checkpoints adds to the conditions.
+            notes=(*self._run.conditions(), *self._notes, *fixes.notes),
             environment=self._run.environment(),
             seconds=self._seconds,
         )
@@ -312,14 +295,27 @@ def _with_note(cause: Cause, facts: RunFacts) -> Cause:
     return dataclasses.replace(cause, evidence=(first, facts.init_note, *rest))
 
 
-def _time_of_step(program: Program, batch: Batch, step: int) -> float:
+def _dead_from(evidence: Evidence) -> int:
+    """The step that a fix must outlast: the refused one, or where the loss ran away for good."""
+    loss = scalar_column(evidence.telemetry, "loss")
+    if evidence.verdict != "diverged" or loss is None:
+        return evidence.step
+    chance = evidence.facts.chance_loss
+    usual = abs(float(loss[0])) if chance is None else chance
+    alive = np.flatnonzero(np.abs(loss) <= RUNAWAY_LOSS * usual)
+    row = int(alive[-1]) + 1 if alive.size else 0
+    return int(evidence.telemetry.steps[min(row, loss.size - 1)])
+
+
+def _time_of_step(program: Program, state: State, batch: Batch, step: int) -> float:
     """Seconds of one step that is already compiled."""
+    program.load(state)
     started = time.monotonic()
     program.run(batch, step)
     return time.monotonic() - started
 
 
-def _statistics(arrays: dict[str, np.ndarray]) -> dict[str, TensorStats]:
+def _statistics(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorStats]:
     return {
         name: describe(array)
         for name, array in arrays.items()

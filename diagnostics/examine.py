@@ -12,7 +12,7 @@ from diagnostics.debugger_dump import dump_step
 from diagnostics.op_records import OpRecord
 from diagnostics.op_trace import OpTrace
 from diagnostics.protocol import ReplayableRun, StepOutcome
-from diagnostics.replay import needed_batch, reproduce, state_at
+from diagnostics.replay import check_step, needed_batch, reproduce, state_at
 from diagnostics.trace import trace_healthy
 
 Progress = Callable[[str, int, int], None]
@@ -27,12 +27,14 @@ class HealthyStep:
     """A replayed step in which every value is finite.
 
     Attributes:
+      recorded: whether its telemetry was recorded, to compare with.
       differences: from the recorded telemetry; empty if bit-identical.
       records: every op, in order of execution.
     """
 
     step: int
     outcome: StepOutcome
+    recorded: bool
     differences: tuple[str, ...]
     records: tuple[OpRecord, ...]
 
@@ -41,8 +43,9 @@ def examine(run: ReplayableRun, step: int, progress: Progress = no_progress) -> 
     """Replays any step op by op; None if it is not healthy (then `diagnose` it).
 
     Raises:
-      InputError: the state or batch of the step cannot be had.
+      InputError: the run has no such step, or its state or batch cannot be had.
     """
+    check_step(run, step)
     state = state_at(run, step, lambda now, _: progress("rewinding", now, step))
     batch = needed_batch(run, step)
     progress("replay", 0, 0)
@@ -52,7 +55,7 @@ def examine(run: ReplayableRun, step: int, progress: Progress = no_progress) -> 
         return None
     program.load(state)
     records = trace_healthy(run, program, batch, step)
-    return HealthyStep(step, found.outcome, found.differences, tuple(records))
+    return HealthyStep(step, found.outcome, found.recorded, found.differences, tuple(records))
 
 
 def dump(run: ReplayableRun, step: int, directory: Path) -> str:

@@ -1,0 +1,61 @@
+"""When a replay counts as alive: finite is not enough, and a stalled run has to learn."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from diagnostics.protocol import RunFacts, Telemetry
+
+# A finite loss may still be a dead run: this many times the loss of guessing.
+RUNAWAY_LOSS = 10.0
+_TAIL = 9  # steps whose median loss counts as the last loss
+# A stalled run has begun to learn once the median loss of so many steps is below this
+# part of guessing, and most of them below the recorded loss of the same batch.
+LEARNING_STEPS = 20
+_LEARNT, _MOSTLY = 0.97, 0.8
+
+
+def runaway(losses: Sequence[float], facts: RunFacts) -> str:
+    """Why a finite run still counts as dead; '' if it does not.
+
+    Args:
+      losses: of its steps so far; where the loss of guessing is unknown the first
+        stands in.
+    """
+    if not losses:
+        return "no step ran"
+    tail = statistics.median(losses[-_TAIL:])
+    if not math.isfinite(tail) or abs(tail) > RUNAWAY_LOSS * _usual(losses[0], facts):
+        return f"finite, but the loss stands at {tail:.3g}"
+    return ""
+
+
+def not_learning(losses: Sequence[float], facts: RunFacts, recorded: Telemetry) -> str:
+    """Why a replay from step 0 of a stalled run does not learn; '' if it does.
+
+    Args:
+      recorded: of the stalled run, whose loss on the same batch each step must beat:
+        batches differ in how hard they are.
+    """
+    if len(losses) < LEARNING_STEPS:
+        return f"too few steps to tell whether it learns: {len(losses)}"
+    usual = _usual(losses[0], facts)
+    first = len(losses) - LEARNING_STEPS
+    column = recorded.column("loss")
+    rivals = {}
+    if column is not None:
+        rivals = dict(zip(recorded.steps.tolist(), column.tolist(), strict=True))
+    tail = losses[first:]
+    better = sum(
+        loss < min(usual, rivals.get(step, usual)) for step, loss in enumerate(tail, first)
+    )
+    median = statistics.median(tail)
+    if median > _LEARNT * usual or better < _MOSTLY * LEARNING_STEPS:
+        return f"does not learn: the loss stands at {median:.4g}"
+    return ""
+
+
+def _usual(first_loss: float, facts: RunFacts) -> float:
+    return facts.chance_loss if facts.chance_loss is not None else max(abs(first_loss), 1e-3)
