@@ -43,9 +43,9 @@ def candidates(
             found.append(Change("init", init, f"init {init}", from_start=True, rank=rank))
     found.append(Change("init_scale", 0.5, "initial kernels times 0.5", from_start=True, rank=6))
     for divisor in (10, 100, 1000):
-        rate = config.lr / divisor
+        rate = float(f"{config.lr / divisor:.3g}")
         found.append(Change("learning_rate", rate, f"learning rate {rate:g}", rank=3))
-    warmup = max(100, 4 * (step + 1))
+    warmup = max(20, 4 * (step + 1))
     if config.warmup_steps < warmup:
         found.append(Change("warmup", warmup, f"{warmup} steps of warm-up", rank=2))
     for norm in (10.0, 1.0):
@@ -57,6 +57,11 @@ def candidates(
     factor = 1.0 / _PIXEL_SPREAD
     found.append(Change("input_scale", factor, "pixels divided by 58", rank=5))
     return found
+
+
+def has_option(change: Change) -> bool:
+    """Whether an option of `vggrepro train` makes this change."""
+    return change.kind in _FIELDS
 
 
 def changed_config(config: TrainConfig, change: Change | None) -> TrainConfig:

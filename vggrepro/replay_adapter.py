@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from diagnostics.errors import InputError
-from diagnostics.incident import Incident, read_incident
+from diagnostics.errors import InputError, SnapshotDamaged
+from diagnostics.incident import INCIDENT_FILE, Incident, read_incident
 from diagnostics.protocol import (
     Batch,
     Change,
@@ -49,10 +49,12 @@ class VggRun:
         self._manifest = self._directory.manifest()
         self.network = _network(self.config)
         incidents = self._directory.incidents()
-        self._incident: Incident | None = read_incident(incidents[-1]) if incidents else None
+        self._incident: Incident | None = _sound_incident(incidents[-1]) if incidents else None
         self.facts = run_facts(self.config, self.network)
         self._data, self._data_error = self._open_data()
         self._spare_steps: list[TrainStep] = []
+        self._telemetry: Telemetry | None = None
+        self._unread = ""
 
     def incident_step(self) -> int | None:
         return self._incident.step if self._incident else None
@@ -63,8 +65,10 @@ class VggRun:
         return tuple(Check(**check) for check in self._incident.record["failed_checks"])
 
     def telemetry(self) -> Telemetry:
-        steps, columns, rows = self._directory.telemetry.read()
-        return Telemetry(steps, tuple(columns), rows)
+        if self._telemetry is None:
+            steps, columns, rows = self._directory.telemetry.read()
+            self._telemetry = Telemetry(steps, tuple(columns), rows)
+        return self._telemetry
 
     def state_steps(self) -> Sequence[int]:
         steps = {0, *self._directory.checkpoints()}
@@ -79,7 +83,7 @@ class VggRun:
             return self.start_state()
         checkpoint = self._directory.latest_checkpoint(at_most=step)
         if checkpoint is None or checkpoint[0] != step:
-            raise InputError(f"checkpoint of step {step} of {self.name} cannot be read")
+            raise SnapshotDamaged(f"checkpoint of step {step} of {self.name} cannot be read")
         return checkpoint[1]
 
     def start_state(self, change: Change | None = None) -> State:
@@ -108,7 +112,7 @@ class VggRun:
         return counterfactual_changes.candidates(self.config, self.facts, step, suspects)
 
     def command(self, change: Change) -> str:
-        if change.kind in ("init_scale", "input_scale"):
+        if not counterfactual_changes.has_option(change):
             return ""
         return command_line(counterfactual_changes.changed_config(self.config, change))
 
@@ -117,19 +121,28 @@ class VggRun:
 
     def conditions(self) -> Sequence[str]:
         found = list(differences(self.environment(), describe_environment()))
-        if self._data is None:
-            found.append(f"the data is gone ({self._data_error}); the captured batch stands in")
-        elif self._incident is not None:
-            rebuilt = self._rebuilt(self._incident.step)
-            if rebuilt is None or hash_arrays(rebuilt) != hash_arrays(self._incident.batch):
-                found.append(
-                    "the batch rebuilt from (seed, step) is not the captured one, bit for bit: "
-                    "the data or its preprocessing has changed since"
-                )
+        found += self._data_conditions()
         recorded = self._manifest.get("initial_weights_sha256")
         if recorded is not None and recorded != self._initial_weights_hash():
             found.append("the initial weights drawn from the seed are not the recorded ones")
-        return found
+        return [*found, *dict.fromkeys(self._directory.warnings)]
+
+    def _data_conditions(self) -> list[str]:
+        """What is not as it was when the run read its data."""
+        rest = "only the captured batch" if self._incident else "no step"
+        if self._data is None:
+            return [f"the data cannot be used ({self._data_error}): {rest} can be replayed"]
+        if self._incident is None:
+            return []
+        rebuilt = self._rebuilt(self._incident.step)
+        if rebuilt is None:
+            return [f"the batch of step {self._incident.step} cannot be rebuilt: {self._unread}"]
+        if hash_arrays(rebuilt) != hash_arrays(self._incident.batch):
+            return [
+                "the batch rebuilt from (seed, step) is not the captured one, bit for bit: "
+                "the data or its preprocessing has changed since, or memory failed then"
+            ]
+        return []
 
     def _validation_errors(self) -> dict[int, float]:
         """Completed steps -> top-1 error, of the validations that steer the rate."""
@@ -148,15 +161,23 @@ class VggRun:
         return hash_arrays(weights)
 
     def _open_data(self) -> tuple[DataSource | None, str]:
+        recorded = self._manifest.get("data")
+        if not recorded:
+            return None, "manifest.json does not say which it was"
         try:
-            return open_data(self.config, lambda text: None, self._manifest["data"]), ""
+            return open_data(self.config, lambda text: None, recorded), ""
         except InputError as error:
             return None, error.message
 
     def _rebuilt(self, step: int) -> Batch | None:
+        """The batch out of (seed, step); None if the data is gone or an image unreadable."""
         if self._data is None:
             return None
-        batch = self._data.training_batch(step)
+        try:
+            batch = self._data.training_batch(step)
+        except InputError as error:
+            self._unread = error.message
+            return None
         return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
@@ -197,9 +218,7 @@ class VggProgram:
         return self._loaded().state()
 
     def run(self, batch: Batch, step: int) -> StepOutcome:
-        compiled = self._loaded()
-        if step in self._validation_errors:
-            compiled.record_validation(step, self._validation_errors[step])
+        compiled = self._ready(step)
         result = compiled(*self._fed(batch))
         names = compiled.layout
         failed = [c for c, ok in zip(names.checks(), result.passed, strict=True) if not ok]
@@ -207,7 +226,7 @@ class VggProgram:
         return StepOutcome(result.applied, tuple(failed), telemetry)
 
     def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
-        self._loaded().run_op_by_op(*self._fed(batch), tracer.phase)
+        self._ready(step).run_op_by_op(*self._fed(batch), tracer.phase)
 
     def release(self) -> None:
         """Gives the compiled step away; the program needs a new `load` then.
@@ -225,6 +244,13 @@ class VggProgram:
             return step
         return None
 
+    def _ready(self, step: int) -> TrainStep:
+        """The compiled step, after the validation that came before it."""
+        compiled = self._loaded()
+        if step in self._validation_errors:
+            compiled.record_validation(step, self._validation_errors[step])
+        return compiled
+
     def _loaded(self) -> TrainStep:
         if self._step is None:
             raise ValueError("load a state first")
@@ -233,6 +259,37 @@ class VggProgram:
     def _fed(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         batch = counterfactual_changes.changed_batch(batch, self._change)
         return tf.constant(batch["images"]), tf.constant(batch["labels"])
+
+
+def _sound_incident(directory: Path) -> Incident:
+    """An incident whose record fits its batch and its place.
+
+    Raises:
+      SnapshotDamaged: names what does not.
+    """
+    incident = read_incident(directory)
+    record = incident.record
+    try:
+        rows = len(incident.batch["images"])
+        sound = (
+            directory.name == f"step-{incident.step:08d}"
+            and len(incident.batch["labels"]) == len(incident.batch["example_ids"]) == rows
+            and len(record["example_names"]) == rows
+            and all(isinstance(Check(**check).stage, str) for check in record["failed_checks"])
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged_record(directory, repr(error)) from error
+    if not sound:
+        raise _damaged_record(directory, f"it does not fit step {incident.step} and its batch")
+    return incident
+
+
+def _damaged_record(directory: Path, what: str) -> SnapshotDamaged:
+    return SnapshotDamaged(
+        f"incident damaged: {directory / INCIDENT_FILE}: {what}",
+        f"Restore it from a copy, or move {directory} away: the step is then replayed from "
+        "the checkpoint before it",
+    )
 
 
 def _network(config: TrainConfig) -> Network:

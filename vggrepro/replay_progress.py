@@ -21,7 +21,7 @@ class ReplayProgress:
     def __init__(self, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -49,4 +49,5 @@ class ReplayProgress:
         now = time.monotonic()
         if not self._console.is_terminal and now - self._spoke > _QUIET_SECONDS:
             self._spoke = now
-            self._console.print(f"{what} {f'{done}/{total}' if total else ''}".rstrip())
+            text = f"{what} {f'{done}/{total}' if total else ''}".rstrip()
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

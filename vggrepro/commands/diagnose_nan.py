@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diagnostics.errors import InputError, NotReproduced
+from diagnostics.errors import InputError, NothingToDiagnose, NotReproduced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diagnostics.diagnosis import Diagnosis
-    from diagnostics.examine import HealthyStep
-    from diagnostics.protocol import ReplayableRun
+    from diagnostics.examine import HealthyStep, Progress
+    from diagnostics.protocol import ReplayableRun, Telemetry
 
 DESCRIPTION = """\
 Replays the step that the guard refused, bit for bit; says where the first
@@ -24,6 +27,14 @@ survives. Also for a run that diverged or never learnt. Writes
 RUN_DIR/diagnosis/step-N/ (diagnosis.json, report.html, a Debugger V2 dump)."""
 
 DEFAULT_BUDGET = 180.0
+# How a run ended that the guard did not stop, and what to do about it.
+_ENDINGS = {
+    "running": "It is marked as running: it still is, or it was killed and can be resumed",
+    "interrupted": "It was interrupted, and can be resumed",
+    "failed": "It ended with an error, but not one of numbers; a resumed run shows it again",
+    "stopped_by_guard": "The guard stopped it, but what it left in incidents/ is gone; "
+    "a resumed run makes it anew",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -64,57 +75,131 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Diagnoses; 0 done, 4 nothing to diagnose, 5 the failure did not recur."""
-    if options.budget_seconds < 0:
-        raise InputError("--budget-seconds must not be negative")
-    if options.target.is_file():
-        return _diagnose_bundle(options)
-    return _diagnose(options.target, options.target / "diagnosis", options)
-
-
-def _diagnose_bundle(options: argparse.Namespace) -> int:
+    if not options.budget_seconds >= 0:
+        raise InputError("--budget-seconds must be 0 or more")
+    target: Path = options.target
+    if not target.is_file():
+        return _diagnose(_Place(target, str(target), target / "diagnosis"), options)
     from diagnostics.bundle import open_bundle
 
-    with tempfile.TemporaryDirectory(prefix="vggrepro-bundle-") as place:
-        open_bundle(options.target, Path(place) / "run")
-        reports = options.target.with_name(options.target.stem + "-diagnosis")
-        return _diagnose(Path(place) / "run", reports, options)
+    with tempfile.TemporaryDirectory(prefix="vggrepro-bundle-") as temporary:
+        directory = Path(temporary) / "run"
+        open_bundle(target, directory)
+        reports = target.with_name(target.stem + "-diagnosis")
+        return _diagnose(_Place(directory, str(target), reports), options)
 
 
-def _diagnose(place: Path, reports: Path, options: argparse.Namespace) -> int:
-    from diagnostics.diagnose import diagnose
-    from diagnostics.examine import dump, examine
+class _Place(NamedTuple):
+    """Where a run lies, what the user calls it, and where its reports go."""
+
+    directory: Path
+    name: str
+    reports: Path
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A diagnosis as far as it could be written.
+
+    Attributes:
+      telemetry: that the report shows.
+      reports: the directory.
+      dump: what to say of the Debugger V2 dump; '' if there is none.
+      unwritten: the error that kept the reports from the disk.
+    """
+
+    diagnosis: Diagnosis
+    telemetry: Telemetry
+    reports: Path
+    dump: str = ""
+    unwritten: InputError | None = None
+
+
+def _diagnose(place: _Place, options: argparse.Namespace) -> int:
+    from diagnostics.examine import examine
     from vggrepro.replay_progress import ReplayProgress
 
-    target = open_run(place, options.imports)
+    target = open_run(place.directory, options.imports)
+    target.name = place.name
+    _check_bundle_option(target, options)
+    asked = options.step is not None and options.step != target.incident_step()
     with ReplayProgress(quiet=options.json) as progress:
-        if options.step is not None and options.step != target.incident_step():
-            healthy = examine(target, options.step, progress)
-            if healthy is not None:
-                return _show_healthy(healthy, options.json)
-        found = diagnose(
-            target, step=options.step, budget_seconds=options.budget_seconds, progress=progress
-        )
-        directory = reports / f"step-{found.step:08d}"
-        progress("writing the report", 0, 0)
-        _write(found, target, directory)
-        if found.first_nonfinite is not None:
-            progress("Debugger V2 dump of the step", 0, 0)
-            missing = dump(target, found.step, directory / "tensorboard")
-            if missing:
-                print(f"no Debugger V2 dump: {missing}", file=sys.stderr)
-    if options.bundle is not None:
-        _pack(place, found.step, options)
+        healthy = examine(target, options.step, progress) if asked else None
+        found = None if healthy else _search(target, place, options, progress)
+    if found is None:
+        assert healthy is not None
+        return _show_healthy(healthy, options.json)
     if options.json:
-        _print_json(found.to_dict())
+        _print_json(found.diagnosis.to_dict())
     else:
-        _print_diagnosis(found, target, directory)
-    return NotReproduced.exit_code if found.verdict == "not_reproduced" else 0
+        _print_diagnosis(found, target)
+    if found.unwritten is not None:
+        raise found.unwritten
+    if options.bundle is not None:
+        _pack(place.directory, found.diagnosis.step, options)
+    return NotReproduced.exit_code if found.diagnosis.verdict == "not_reproduced" else 0
 
 
-def _write(found: Diagnosis, target: ReplayableRun, directory: Path) -> None:
+def _check_bundle_option(target: ReplayableRun, options: argparse.Namespace) -> None:
+    incident = target.incident_step()
+    if options.bundle is None:
+        return
+    if incident is None:
+        raise InputError(f"--bundle packs an incident, and {target.name} left none")
+    if options.step not in (None, incident):
+        raise InputError(f"--bundle packs the incident of step {incident}, not --step")
+
+
+def _search(
+    target: ReplayableRun, place: _Place, options: argparse.Namespace, progress: Progress
+) -> _Found:
+    """Diagnoses and writes the reports; a failing disk does not lose the diagnosis."""
+    from diagnostics.diagnose import diagnose
     from diagnostics.report import write_reports
 
-    write_reports(found, target.telemetry(), target.facts, directory)
+    seen: list[Telemetry] = []
+    try:
+        diagnosis = diagnose(
+            target,
+            step=options.step,
+            budget_seconds=options.budget_seconds,
+            progress=progress,
+            on_telemetry=seen.append,
+        )
+    except NothingToDiagnose as error:
+        raise NothingToDiagnose(error.message, _ending(place) or error.remedy) from None
+    reports = place.reports / f"step-{diagnosis.step:08d}"
+    found = _Found(diagnosis, seen[-1], reports)
+    progress("writing the report", 0, 0)
+    try:
+        write_reports(diagnosis, found.telemetry, target.facts, reports)
+        dumped = _dump(target, found, progress)
+    except InputError as error:
+        return dataclasses.replace(found, unwritten=error)
+    return dataclasses.replace(found, dump=dumped)
+
+
+def _ending(place: _Place) -> str:
+    """What to say of a run without an incident that did not finish."""
+    from vggrepro.run_directory import RunDirectory
+
+    with RunDirectory.open(place.directory) as stored:
+        words = _ENDINGS.get(stored.manifest().get("status", ""))
+    return f"{words}: vggrepro train --resume {shlex.quote(place.name)}" if words else ""
+
+
+def _dump(target: ReplayableRun, found: _Found, progress: Progress) -> str:
+    from diagnostics.examine import dump
+
+    if found.diagnosis.first_nonfinite is None:
+        return ""
+    progress("Debugger V2 dump of the step", 0, 0)
+    directory = found.reports / "tensorboard"
+    missing = dump(target, found.diagnosis.step, directory)
+    if missing:
+        print(f"no Debugger V2 dump: {missing}", file=sys.stderr)
+        return ""
+    return f"the step, op by op: tensorboard --logdir {shlex.quote(str(directory))}"
 
 
 def _pack(place: Path, step: int, options: argparse.Namespace) -> None:
@@ -128,15 +213,16 @@ def _pack(place: Path, step: int, options: argparse.Namespace) -> None:
         print(f"bundle: {options.bundle} ({size / 1e6:.1f} MB)")
 
 
-def _print_diagnosis(found: Diagnosis, target: ReplayableRun, directory: Path) -> None:
+def _print_diagnosis(found: _Found, target: ReplayableRun) -> None:
     from rich.console import Console
 
     from diagnostics.report_terminal import render
 
-    Console().print(render(found, target.telemetry(), target.facts))
-    print(f"report: {directory / 'report.html'}")
-    if (directory / "tensorboard").is_dir():
-        print(f"the step, op by op: tensorboard --logdir {directory / 'tensorboard'}")
+    Console().print(render(found.diagnosis, found.telemetry, target.facts))
+    if found.unwritten is None:
+        print(f"report: {found.reports / 'report.html'}")
+    if found.dump:
+        print(found.dump)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -151,7 +237,7 @@ def _show_healthy(healthy: HealthyStep, as_json: bool) -> int:
     from rich.table import Table
 
     rows = largest_by_layer(healthy)
-    identical = not healthy.differences
+    identical = healthy.recorded and not healthy.differences
     if as_json:
         layers = [
             {"phase": phase, "layer": layer, "op": op, "absmax": absmax}
@@ -161,6 +247,7 @@ def _show_healthy(healthy: HealthyStep, as_json: bool) -> int:
             {
                 "step": healthy.step,
                 "healthy": True,
+                "recorded": healthy.recorded,
                 "identical": identical,
                 "differences": healthy.differences,
                 "telemetry": healthy.outcome.telemetry,
@@ -168,14 +255,21 @@ def _show_healthy(healthy: HealthyStep, as_json: bool) -> int:
             }
         )
         return 0
-    same = "bit for bit as recorded" if identical else f"not as recorded: {healthy.differences[0]}"
-    table = Table(title=f"step {healthy.step} is healthy; replayed {same}")
+    table = Table(title=f"step {healthy.step} is healthy; {_compared(healthy)}")
     for name in ("phase", "layer", "largest in", "largest value"):
         table.add_column(name)
     for (phase, layer), (op, absmax) in rows.items():
         table.add_row(phase, layer, op, f"{absmax:.4g}")
     Console().print(table)
     return 0
+
+
+def _compared(healthy: HealthyStep) -> str:
+    if not healthy.recorded:
+        return "its numbers were not recorded, so none are compared"
+    if healthy.differences:
+        return f"not replayed as recorded: {healthy.differences[0]}"
+    return "replayed bit for bit as recorded"
 
 
 def largest_by_layer(healthy: HealthyStep) -> dict[tuple[str, str], tuple[str, float]]:
