@@ -1,4 +1,4 @@
-"""Rules about what was fed: bad numbers, outliers, scale, labels."""
+"""Rules about the inputs: bad numbers, outliers, scale."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from collections.abc import Iterator
 import numpy as np
 
 from diagnostics.evidence import Evidence, Finding
+from diagnostics.op_domains import domain_fault
 from diagnostics.report_words import number, plural
 from diagnostics.signals import (
     UNSCALED_INPUT,
-    UNSCALED_TARGET,
     exploded,
-    first_loss,
+    failed_checks,
     gain_bits,
+    half_precision,
     input_arrays,
     input_scale,
-    is_integer,
     label_arrays,
     layer_gains,
+    lonely_peak,
+    lonely_sentence,
     loss_over_chance,
-    target_scale,
 )
-from diagnostics.telemetry_view import input_absmax
+from diagnostics.telemetry_view import (
+    input_absmax,
+)
 from diagnostics.tensor_stats import TensorStats
 
 _OUTLIER = 30.0  # times the usual largest input
-_PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce", "nll", "kl")
 
 
 def data_findings(evidence: Evidence) -> Iterator[Finding]:
-    """Inputs and labels."""
+    """Inputs, and numbers that are not finite in inputs or labels."""
     yield from _not_finite(evidence)
-    yield from _label_range(evidence)
     yield from _outlier(evidence)
     yield from _suspect_examples(evidence)
     if exploded(evidence):
         yield from _unscaled_inputs(evidence)
-        yield from _unscaled_targets(evidence)
 
 
 def _not_finite(evidence: Evidence) -> Iterator[Finding]:
@@ -51,15 +51,9 @@ def _not_finite(evidence: Evidence) -> Iterator[Finding]:
         for name, stats in arrays.items():
             if not stats.finite:
                 yield Finding(kind, 8.0, f"{_broken(name, stats)} as fed to the step{rows}")
-    tripped = [check for check in _failed(evidence) if check[0] == "data"]
+    tripped = [check for check in failed_checks(evidence) if check[0] == "data"]
     if ("data", "input") in tripped and all(s.finite for s in input_arrays(evidence).values()):
         yield Finding("data", 4.0, "The input became non-finite on its way into the first layer")
-
-
-def _failed(evidence: Evidence) -> list[tuple[str, str]]:
-    if evidence.outcome is None:
-        return []
-    return [(check.stage, check.quantity) for check in evidence.outcome.failed]
 
 
 def _broken(name: str, stats: TensorStats) -> str:
@@ -67,44 +61,6 @@ def _broken(name: str, stats: TensorStats) -> str:
     parts = [f"{stats.nan:,} NaN"] if stats.nan else []
     parts += [f"{infinite:,} infinite"] if infinite else []
     return f"'{name}' holds {' and '.join(parts)} of {stats.size:,} numbers"
-
-
-def _label_range(evidence: Evidence) -> Iterator[Finding]:
-    if evidence.label_range is None or not all(map(math.isfinite, evidence.label_range)):
-        return
-    low, high = evidence.label_range
-    classes, loss = evidence.facts.classes, evidence.facts.loss.lower()
-    refused = ("data", "labels") in _failed(evidence)
-    if classes and (_class_numbers(evidence) or refused):
-        if low < 0 or high >= classes:
-            hint = ""
-            if low >= 1 and high == classes:
-                hint = "; they look numbered from 1: subtract 1"
-            text = f"Labels run from {low:g} to {high:g}, but the net has {classes} classes "
-            yield Finding("labels", 7.0, f"{text}(0 to {classes - 1}){hint}")
-        return
-    is_probability = any(word in loss for word in _PROBABILITY_LOSSES)
-    if is_probability and (low < 0 or high > 1):
-        yield Finding(
-            "labels",
-            5.0,
-            f"The loss '{evidence.facts.loss}' takes labels between 0 and 1, and these run "
-            f"from {number(low)} to {number(high)}: it has no lower bound then",
-        )
-    first = evidence.first_nonfinite
-    if first is not None and first.stage == "loss" and low < 0:
-        for given in first.inputs:
-            if (given.minimum, given.maximum) == (low, high):
-                yield Finding(
-                    "labels", 5.0, f"{first.op} is applied to labels as low as {number(low)}"
-                )
-
-
-def _class_numbers(evidence: Evidence) -> bool:
-    """Whether the labels are class numbers, as against probabilities or targets."""
-    if "sparse" in evidence.facts.loss.lower():
-        return True
-    return any(is_integer(stats) for stats in label_arrays(evidence).values())
 
 
 def _outlier(evidence: Evidence) -> Iterator[Finding]:
@@ -163,26 +119,21 @@ def _outlier_at_onset(evidence: Evidence, recorded: np.ndarray) -> Iterator[Find
 def _lonely_peak(evidence: Evidence) -> Iterator[Finding]:
     """One number that makes up most of the batch's RMS, where there is no history."""
     for name, stats in input_arrays(evidence).items():
-        if is_integer(stats) or stats.size < 100 or not stats.rms:
-            continue
-        share = (stats.absmax / stats.rms) ** 2 / stats.size
-        if share > 0.2 and stats.absmax > 1e3:
-            yield Finding(
-                "data",
-                3.0,
-                f"A single number of '{name}' is {number(stats.absmax)}, "
-                f"{number(stats.absmax / stats.rms)} times the RMS of all {stats.size:,}",
-            )
+        if stats.size >= 100 and lonely_peak(stats):
+            yield Finding("data", 3.0, lonely_sentence(name, stats))
 
 
 def _suspect_examples(evidence: Evidence) -> Iterator[Finding]:
     first = evidence.first_nonfinite
+    # A formula that fails on an ordinary row is the formula's fault.
+    formula = first is not None and domain_fault(first, half_precision(evidence)) is not None
     for result in evidence.tried("without_examples"):
         if result.survived:
-            yield Finding("data", 3.0, f"Replayed {result.change}, the step is finite")
+            weight = 0.5 if formula else 3.0
+            yield Finding("data", weight, f"Replayed {result.change}, the step is finite")
         else:
             yield Finding("data", -2.0)
-    if first is not None and first.examples and first.stage == "forward":
+    if first is not None and first.examples and first.stage == "forward" and not formula:
         yield Finding(
             "data",
             1.0,
@@ -217,17 +168,3 @@ def _unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("data", 2.0, f"With {result.change} the same steps survive")
         else:
             yield Finding("data", -2.5)
-
-
-def _unscaled_targets(evidence: Evidence) -> Iterator[Finding]:
-    """Regression towards numbers of hundreds and more."""
-    rms, name = target_scale(evidence)
-    if rms <= UNSCALED_TARGET:
-        return
-    loss = first_loss(evidence)
-    began = f", so the loss began at {number(loss)}" if loss else ""
-    yield Finding(
-        "data",
-        min(4.0, 0.9 * (math.log10(rms) - 1.0)),
-        f"The targets '{name}' are not scaled: RMS {number(rms)}{began}",
-    )

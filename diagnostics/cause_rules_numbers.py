@@ -75,7 +75,7 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
     if facts.momentum >= 1:
         yield Finding(
             "optimizer",
-            5.0,
+            7.0,
             f"Momentum {facts.momentum:g} forgets nothing: below 1 is needed, "
             "or every update is added to all the earlier ones for ever",
         )
@@ -87,9 +87,10 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("optimizer", 5.0, f"{name} is {value:g}, it must lie in [0, 1)")
     decay = facts.weight_decay * (facts.learning_rate or 0.0)
     if decay > 1 or facts.weight_decay < 0:
+        # Beyond 2 the weights change sign and grow at every step, whatever the gradient.
         yield Finding(
             "optimizer",
-            4.0,
+            8.0 if decay > 2 or facts.weight_decay < 0 else 4.0,
             f"Weight decay {facts.weight_decay:g} with learning rate {facts.learning_rate:g} "
             f"changes the weights by {number(decay)} times themselves a step",
         )

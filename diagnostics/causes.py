@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from diagnostics.cause_rules_data import data_findings
+from diagnostics.cause_rules_labels import label_findings
 from diagnostics.cause_rules_numbers import number_findings
 from diagnostics.cause_rules_place import place_findings
 from diagnostics.cause_rules_scale import scale_findings
@@ -59,6 +60,7 @@ def _findings(evidence: Evidence) -> Iterable[Finding]:
     yield from place_findings(evidence)
     if evidence.verdict != "not_reproduced":
         yield from data_findings(evidence)
+        yield from label_findings(evidence)
         yield from scale_findings(evidence)
         yield from number_findings(evidence)
 

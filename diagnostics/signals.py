@@ -10,6 +10,7 @@ import numpy as np
 
 from diagnostics.evidence import Evidence
 from diagnostics.protocol import LayerFacts
+from diagnostics.report_words import number
 from diagnostics.telemetry_view import (
     input_absmax,
     is_half,
@@ -255,3 +256,25 @@ def largest_update(evidence: Evidence) -> tuple[float, str, int] | None:
             if math.isfinite(ratio) and not zero_start and (best is None or ratio > best[0]):
                 best = ratio, layer, int(telemetry.steps[row - 1])
     return best
+
+
+def failed_checks(evidence: Evidence) -> list[tuple[str, str]]:
+    """(stage, quantity) of every check that tripped in the replayed step."""
+    if evidence.outcome is None:
+        return []
+    return [(check.stage, check.quantity) for check in evidence.outcome.failed]
+
+
+def lonely_peak(stats: TensorStats) -> bool:
+    """Whether a single number makes up most of the sum of squares."""
+    if is_integer(stats) or stats.size < 8 or not stats.rms or not math.isfinite(stats.absmax):
+        return False
+    return stats.absmax > 1e3 and (stats.absmax / stats.rms) ** 2 > 0.5 * stats.size
+
+
+def lonely_sentence(name: str, stats: TensorStats) -> str:
+    """Says so, with the numbers."""
+    return (
+        f"A single number of '{name}' is {number(stats.absmax)}, "
+        f"{number(stats.absmax / stats.rms)} times the RMS of all {stats.size:,}"
+    )

@@ -396,6 +396,89 @@ def test_log_of_negative_labels_blames_the_labels():
     assert cause.kind == "labels"
 
 
+def test_a_loss_without_lower_bound_is_the_loss_formula():
+    before = evidence(
+        verdict="diverged",
+        facts=facts(**NO_CLASSES),
+        telemetry=telemetry(
+            {"loss": -(10.0 ** np.arange(12.0)), "grad_norm": 3.0 ** np.arange(12)}
+        ),
+        batch_stats={"x": stats(1.0), "y": stats(1.0)},
+        label_range=(-4.0, 4.0),
+    )
+    cause = judge(with_replays(before, replay("learning_rate", 1e-4, True)))
+    assert cause.kind == "loss_formula" and "no lower bound" in said(cause)
+
+
+def test_formula_that_fails_on_one_ordinary_row_is_the_formulas_fault():
+    place = first("forward", "unit", "RealDiv", inputs=[(0, 1), (0.0, 4.0)], examples=(40,))
+    cause = judge(
+        with_replays(evidence(first_nonfinite=place), replay("without_examples", (40,), True))
+    )
+    assert cause.kind == "architecture"
+
+
+@pytest.mark.parametrize(("loss", "kind"), [("mse", "labels"), ("my_loss", "loss_formula")])
+def test_loss_out_of_proportion_to_outputs_and_labels(loss, kind):
+    columns = {
+        "loss": np.array([3e16, 1e28, np.inf]),
+        "grad_norm": np.array([1e9, 1e15, np.inf]),
+        "out/peak": np.array([1.2, 1e13, 1e20]),
+    }
+    cause = judge(
+        evidence(
+            facts=facts((("out", 64),), **{**NO_CLASSES, "loss": loss}),
+            telemetry=telemetry(columns),
+            initial_weight_stats={},
+            first_nonfinite=first("loss", None, "Square", inputs=[(-1e20, 1e20)]),
+            batch_stats={"x": stats(1.0), "y": stats(4.0, 9.0)},
+        )
+    )
+    assert cause.kind == kind and "outputs are at most 1.2" in said(cause)
+
+
+def test_single_huge_target_is_the_labels():
+    cause = judge(
+        with_replays(
+            evidence(
+                facts=facts(**NO_CLASSES),
+                first_nonfinite=first("loss", None, "Square", kind="inf", inputs=[(-4, 1e25)]),
+                batch_stats={"x": stats(1.0), "y": stats(1.8e24, 1e25, low=0.0, size=32)},
+                label_range=(0.0, 1e25),
+            ),
+            replay("without_examples", (77,), True),
+        )
+    )
+    assert cause.kind == "labels" and "1e25" in said(cause)
+
+
+def test_unscaled_targets_under_an_ordinary_rate_are_the_data():
+    columns = runaway()
+    columns["loss"] = columns["loss"] * 1e10
+    before = evidence(
+        telemetry=telemetry(columns),
+        facts=facts(**NO_CLASSES),
+        first_nonfinite=overflow(),
+        batch_stats={"x": stats(1.0), "y": stats(2e5, 4e5)},
+        label_range=(0.0, 4e5),
+    )
+    cause = judge(with_replays(before, replay("learning_rate", 1e-3, True)))
+    assert cause.kind == "data" and "targets 'y' are not scaled" in said(cause)
+
+
+def test_recurrent_layer_that_overflows_is_the_architecture():
+    spec = (LayerFacts("rnn", "SimpleRNN", None, activation="relu"), *facts(MLP).layers)
+    cause = judge(
+        evidence(
+            facts=facts(layers=spec),
+            initial_weight_stats={},
+            telemetry=telemetry(quiet(1)),
+            first_nonfinite=first("forward", "rnn", "MatMul", inputs=[(0, 3e38), (-1, 1)]),
+        )
+    )
+    assert cause.kind == "architecture" and "every time step" in said(cause)
+
+
 # Number formats and the optimizer
 
 
@@ -459,6 +542,16 @@ def test_momentum_of_one_is_the_optimizer():
         )
     )
     assert cause.kind == "optimizer" and "Momentum 1" in said(cause)
+
+
+def test_weight_decay_that_flips_the_weights_is_the_optimizer():
+    before = evidence(
+        telemetry=telemetry(runaway()),
+        facts=facts(learning_rate=0.1, weight_decay=40.0, momentum=0.0),
+        first_nonfinite=overflow(),
+    )
+    cause = judge(with_replays(before, replay("learning_rate", 0.01, True)))
+    assert cause.kind == "optimizer" and "4 times themselves" in said(cause)
 
 
 # Weights, hardware, abstention

@@ -1,0 +1,138 @@
+"""Rules about labels and targets, and about losses that do not fit them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from diagnostics.evidence import Evidence, Finding
+from diagnostics.report_words import number
+from diagnostics.signals import (
+    UNSCALED_TARGET,
+    exploded,
+    failed_checks,
+    first_loss,
+    is_integer,
+    label_arrays,
+    lonely_peak,
+    lonely_sentence,
+    target_scale,
+)
+from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
+
+_DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
+_PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce", "nll", "kl")
+
+
+def label_findings(evidence: Evidence) -> Iterator[Finding]:
+    """Labels out of range, outliers among them, targets and losses out of proportion."""
+    yield from _label_range(evidence)
+    yield from _lonely_label(evidence)
+    yield from _bottomless_loss(evidence)
+    yield from _loss_out_of_proportion(evidence)
+    if exploded(evidence):
+        yield from _unscaled_targets(evidence)
+
+
+def _label_range(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.label_range is None or not all(map(math.isfinite, evidence.label_range)):
+        return
+    low, high = evidence.label_range
+    classes = evidence.facts.classes
+    refused = ("data", "labels") in failed_checks(evidence)
+    if classes and (_class_numbers(evidence) or refused):
+        if low < 0 or high >= classes:
+            hint = ""
+            if low >= 1 and high == classes:
+                hint = "; they look numbered from 1: subtract 1"
+            text = f"Labels run from {low:g} to {high:g}, but the net has {classes} classes "
+            yield Finding("labels", 7.0, f"{text}(0 to {classes - 1}){hint}")
+        return
+    if _beyond_probability(evidence):
+        yield Finding(
+            "labels",
+            5.0,
+            f"The loss '{evidence.facts.loss}' takes labels between 0 and 1, and these run "
+            f"from {number(low)} to {number(high)}: it has no lower bound then",
+        )
+    first = evidence.first_nonfinite
+    if first is not None and first.stage == "loss" and low < 0:
+        for given in first.inputs:
+            if (given.minimum, given.maximum) == (low, high):
+                yield Finding(
+                    "labels", 5.0, f"{first.op} is applied to labels as low as {number(low)}"
+                )
+
+
+def _beyond_probability(evidence: Evidence) -> bool:
+    """Whether labels that ought to be probabilities are not."""
+    named = any(word in evidence.facts.loss.lower() for word in _PROBABILITY_LOSSES)
+    if evidence.label_range is None or not named or _class_numbers(evidence):
+        return False
+    return evidence.label_range[0] < 0 or evidence.label_range[1] > 1
+
+
+def _class_numbers(evidence: Evidence) -> bool:
+    """Whether the labels are class numbers, as against probabilities or targets."""
+    if "sparse" in evidence.facts.loss.lower():
+        return True
+    return any(is_integer(stats) for stats in label_arrays(evidence).values())
+
+
+def _lonely_label(evidence: Evidence) -> Iterator[Finding]:
+    if target_scale(evidence)[1]:
+        for name, stats in label_arrays(evidence).items():
+            if lonely_peak(stats):
+                yield Finding("labels", 5.0, lonely_sentence(name, stats))
+
+
+def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
+    """A loss that outputs and labels of ordinary size cannot have, where it all began."""
+    facts, telemetry, onset = evidence.facts, evidence.telemetry, evidence.onset
+    loss, names = scalar_column(telemetry, "loss"), layer_names(telemetry)
+    if facts.classes or facts.chance_loss or onset is None or loss is None or not names:
+        return
+    row = int(np.searchsorted(telemetry.steps, onset.step))
+    outputs = preactivations_of_row(telemetry, row).get(names[-1], math.nan)
+    targets = [s.absmax for s in label_arrays(evidence).values() if math.isfinite(s.absmax)]
+    usual = outputs**2 + max(targets, default=0.0) ** 2 + 1.0
+    if not targets or not outputs < 1e3 or not usual < 1e8 or not abs(loss[row]) > 1e4 * usual:
+        return
+    text = (
+        f"Step {onset.step}, where it began, has loss {number(float(loss[row]))}, although its "
+        f"outputs are at most {number(outputs)} and the labels of this batch {number(max(targets))}"
+    )
+    if any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
+        yield Finding("labels", 4.0, f"{text}: labels of that step must have been far larger")
+    else:
+        yield Finding("loss_formula", 3.0, f"{text}: the formula blows them up")
+
+
+def _bottomless_loss(evidence: Evidence) -> Iterator[Finding]:
+    loss = scalar_column(evidence.telemetry, "loss")
+    if loss is None or _beyond_probability(evidence) or not loss.size:
+        return
+    start = max(abs(float(loss[0])), 1.0)
+    if loss[-1] < -100 * start and math.isfinite(loss[-1]):
+        yield Finding(
+            "loss_formula",
+            8.0,
+            f"The loss falls to {number(float(loss[-1]))} and would fall for ever: it has no "
+            "lower bound (a wrong sign, or a term that rewards growth)",
+        )
+
+
+def _unscaled_targets(evidence: Evidence) -> Iterator[Finding]:
+    """Regression towards numbers of hundreds and more."""
+    rms, name = target_scale(evidence)
+    if rms <= UNSCALED_TARGET or lonely_peak(label_arrays(evidence)[name]):
+        return
+    loss = first_loss(evidence)
+    began = f", so the loss began at {number(loss)}" if loss else ""
+    yield Finding(
+        "data",
+        min(4.0, 0.9 * (math.log10(rms) - 1.0)),
+        f"The targets '{name}' are not scaled: RMS {number(rms)}{began}",
+    )
