@@ -6,6 +6,7 @@ of a refused step, and those kept for replays, are ever copied to the host.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,6 +69,48 @@ def batches_of(arrays: Batch) -> dict[int, Batch]:
     return dict(sorted(found.items()))
 
 
+class DataSource:
+    """The arrays that `fit` was given, if it was given arrays: to tell the number of a row.
+
+    `fit` tells its callbacks nothing of its data, so this looks at the caller's frame.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._inputs: np.ndarray | None = None
+        self._in_order = False
+        frame = sys._getframe(1)
+        while frame is not None:
+            known = frame.f_locals
+            if frame.f_code.co_name == "fit" and known.get("self") is model:
+                first = next(iter(keras.tree.flatten(known.get("x"))), None)
+                if isinstance(first, (np.ndarray, tf.Tensor)) and len(first.shape):
+                    self._inputs = np.asarray(first)
+                self._in_order = not known.get("shuffle") and not known.get("validation_split")
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+
+    def rows(self, batch: Batch, first_row: int) -> np.ndarray | None:
+        """Number in the data of each row of a batch, int64; None if it is not known.
+
+        Args:
+          first_row: rows of the epoch that came before, which counts if nothing shuffles.
+            Else rows are found by their content; of equal ones the first.
+        """
+        fed = next((a for name, a in batch.items() if name.startswith("inputs")), None)
+        if self._inputs is None or fed is None or not fed.ndim:
+            return None
+        if self._in_order:
+            return np.arange(first_row, first_row + len(fed), dtype=np.int64)
+        if self._inputs.shape[1:] != fed.shape[1:]:
+            return None
+        own = self._inputs.astype(fed.dtype, copy=False)
+        places: dict[bytes, int] = {}
+        for place in range(len(own) - 1, -1, -1):
+            places[own[place].tobytes()] = place
+        found = [places.get(row.tobytes()) for row in fed]
+        return None if None in found else np.array(found, np.int64)
+
+
 def flatten_batch(data: Any) -> tuple[Batch, Any]:
     """Named host arrays of a batch, and its structure with names for the leaves.
 
@@ -122,7 +165,7 @@ def unflatten_batch(structure: Any, arrays: Batch, leaf: Callable[[np.ndarray], 
 def host_array(value: Any) -> np.ndarray:
     """A copy on the host of a tensor, dense, sparse or ragged, of one or more replicas."""
     if isinstance(value, tf.distribute.DistributedValues):
-        parts = [host_array(part) for part in tf.distribute.get_strategy().unwrap(value)]
+        parts = [host_array(part) for part in value.values]
         return np.concatenate([part for part in parts if part.shape[:1] != (0,)])
     if isinstance(value, tf.SparseTensor):
         value = tf.sparse.to_dense(value)
@@ -130,6 +173,15 @@ def host_array(value: Any) -> np.ndarray:
         value = value.to_tensor()
     array = np.array(value)
     return array.astype("S") if array.dtype.kind == "O" else array
+
+
+def row_count(data: Any) -> int:
+    """Rows of a batch, over all replicas; 0 if it has none."""
+    for leaf in keras.tree.flatten(data):
+        parts = leaf.values if isinstance(leaf, tf.distribute.DistributedValues) else [leaf]
+        if all(getattr(part, "shape", None) for part in parts):
+            return sum(int(part.shape[0]) for part in parts)
+    return 0
 
 
 def _bytes(data: Any) -> int:

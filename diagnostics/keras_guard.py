@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -22,7 +22,7 @@ from diagnostics.durable_files import write_json
 from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import write_incident
-from diagnostics.keras_batches import KeptBatches, flatten_batch
+from diagnostics.keras_batches import DataSource, KeptBatches, flatten_batch, row_count
 from diagnostics.keras_divergence import DivergenceLimits
 from diagnostics.keras_facts import facts_of
 from diagnostics.keras_run_files import (
@@ -31,10 +31,19 @@ from diagnostics.keras_run_files import (
     step_directory,
     write_config,
 )
-from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS, GuardedStep
-from diagnostics.protocol import Check, StepOutcome, Telemetry
+from diagnostics.keras_step import (
+    RUNAWAY_GRADIENT,
+    RUNAWAY_LOSS,
+    GuardedStep,
+    guarded_function,
+    read_outcome,
+)
+from diagnostics.protocol import StepOutcome, Telemetry
 from diagnostics.snapshot import write_snapshot
 from diagnostics.stall import detect_stall
+
+if TYPE_CHECKING:
+    from diagnostics.keras_diagnosis import SavableDiagnosis
 
 # The state before step 0 is kept up to this size, for replays from the start.
 START_BYTES = 256 << 20
@@ -93,21 +102,18 @@ class NumericGuard(keras.callbacks.Callback):
             write_json(self.run_dir / "config.json", {"kind": "keras"})
         self._manifest("running")
         self._stopped = False
+        self._source = DataSource(self.model)
         self._install()
 
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Rows of the data are counted from here."""
+        self._rows_of_epoch = 0
+
     def _install(self) -> None:
-        """Compiles a second train function around the guarded step, by Keras' own means."""
         model = self.model
-        self._guarded = GuardedStep(model, model.train_step, START_BYTES)
-        plain = model.train_function
-        object.__setattr__(model, "train_step", self._guarded)
-        try:
-            model.make_train_function(force=True)
-            guarded = model.train_function
-        finally:
-            object.__delattr__(model, "train_step")
-        self._plain = plain
-        model.train_function = self._train_function(plain, guarded)
+        self._plain = model.train_function
+        self._guarded, guarded = guarded_function(model, START_BYTES)
+        model.train_function = self._train_function(self._plain, guarded)
 
     def _train_function(
         self, plain: Callable[[Any], Any], guarded: Callable[[Any], Any]
@@ -128,6 +134,7 @@ class NumericGuard(keras.callbacks.Callback):
 
     def _execution(self, iterator: Any, guarded: Callable[[Any], Any]) -> Any:
         """One execution of `fit`: `steps_per_execution` steps, fewer if one is refused."""
+        assert self._guarded is not None
         outputs = None
         for _ in range(self.model.steps_per_execution):
             if self._stopped:
@@ -137,10 +144,16 @@ class NumericGuard(keras.callbacks.Callback):
                 data = next(iterator)
             except (StopIteration, tf.errors.OutOfRangeError):
                 break
+            if self._guarded.state is None:
+                self._guarded.prepare(data)
             # One batch at a time, so that every step's flags come back.
             outputs = guarded(iter([data]))
             self._after_step(data, outputs["guard"])
         if outputs is None:
+            if self.model.steps_per_execution == 1 and not self._stopped:
+                # Keras finds the end of data of unknown length by running a step on
+                # nothing, which still counts as an iteration: so it must here.
+                return self._plain(iterator)
             raise StopIteration
         return outputs["logs"]
 
@@ -153,6 +166,7 @@ class NumericGuard(keras.callbacks.Callback):
         self._record.append(self.step, row)
         if outcome.applied:
             self._batches.add(self.step, data)
+            self._rows_of_epoch += row_count(data)
             self.step += 1
             if self._divergence is not None:
                 self._guarded.limits.assign(self._divergence.limits(outcome.telemetry))
@@ -166,9 +180,8 @@ class NumericGuard(keras.callbacks.Callback):
         assert self._guarded is not None
         self._columns = tuple(outcome.telemetry)
         self._record.start(self._columns, self.step)
-        arrays, self._structure = flatten_batch(data)
-        rows = next((len(array) for array in arrays.values() if array.ndim), None)
-        self.facts = facts_of(self.model, self._guarded.layer_order, rows)
+        _, self._structure = flatten_batch(data)
+        self.facts = facts_of(self.model, self._guarded.layer_order, row_count(data) or None)
         if self.stop_on_divergence:
             self._divergence = DivergenceLimits(self.facts)
         if self._guarded.initial is not None:
@@ -179,6 +192,9 @@ class NumericGuard(keras.callbacks.Callback):
         assert self._guarded is not None and self._guarded.state is not None
         directory = step_directory(self.run_dir / "incidents", self.step)
         batch, _ = flatten_batch(data)
+        rows = self._source.rows(batch, self._rows_of_epoch)
+        if rows is not None:
+            batch["example_ids"] = rows
         self._record.flush()
         write_snapshot(self.run_dir / "batches", self._batches.arrays(), {"step": self.step})
         first = outcome.failed[0]
@@ -206,6 +222,7 @@ class NumericGuard(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Puts the model's own train function back and closes the recording."""
+        del self._source  # it holds the user's data
         self.model.train_function = self._plain
         self._record.flush()
         if self.stop_on_divergence and self.incident is None and self._columns:
@@ -215,6 +232,23 @@ class NumericGuard(keras.callbacks.Callback):
                 print(self.message, file=sys.stderr)
         self._manifest("stopped_by_guard" if self._stopped else "finished")
 
+    def diagnose(self, budget_seconds: float = 60.0) -> SavableDiagnosis:
+        """Replays, locates, explains and tests fixes, with the live model.
+
+        The model's state is the same afterwards.
+
+        Args:
+          budget_seconds: for the replays of fixes; 0 tries none.
+
+        Raises:
+          NothingToDiagnose: no step was refused, and the recorded steps are healthy.
+        """
+        from diagnostics.keras_diagnosis import diagnose_live
+        from diagnostics.keras_replay import KerasRun
+
+        self._record.flush()
+        return diagnose_live(KerasRun(self.run_dir, self.model), budget_seconds)
+
     def telemetry(self) -> Telemetry:
         """Every recorded step, of all fits with this guard."""
         steps, columns, rows = self._record.read()
@@ -223,20 +257,3 @@ class NumericGuard(keras.callbacks.Callback):
     def _manifest(self, status: str) -> None:
         content = {"status": status, "steps": self.step, "environment": describe_packages()}
         write_json(self.run_dir / "manifest.json", content)
-
-
-def read_outcome(guarded: GuardedStep, shown: dict[str, tf.Tensor]) -> StepOutcome:
-    """What a guarded step returned, by names.
-
-    Checks of the data that do not stop a run by themselves are told where another
-    check failed.
-    """
-    layout = guarded.layouts[int(shown["layout"])]
-    passed = np.asarray(shown["passed"]) > 0.5
-    applied = all(ok or not hard for ok, hard in zip(passed, layout.hard, strict=True))
-    failed: list[Check] = []
-    if not applied:
-        down = [check for check, ok in zip(layout.checks, passed, strict=True) if not ok]
-        failed = list(dict.fromkeys(down))
-    row = np.asarray(shown["telemetry"], np.float32).tolist()
-    return StepOutcome(applied, tuple(failed), dict(zip(layout.columns, row, strict=True)))

@@ -104,24 +104,31 @@ class StateNames:
         )
 
     def load(self, state: State) -> None:
-        """Writes arrays into the variables.
+        """Writes arrays into the variables, in the variables' own types.
+
+        Metrics, seeds and plain variables that are on one side only stay as they are.
 
         Raises:
-          InputError: the model has other variables or shapes than the state.
+          InputError: weights, statistics or slots differ in name or shape.
         """
-        odd = sorted(state.keys() ^ self.variables.keys())
+        odd = [n for n in sorted(state.keys() ^ self.variables.keys()) if n.startswith(_NEEDED)]
         if odd:
             raise InputError(
                 f"the saved state does not fit this model: {', '.join(odd[:3])}",
                 "Give the model the layers and the optimizer that it was trained with",
             )
         for name, variable in self.variables.items():
+            if name not in state:
+                continue
             if tuple(state[name].shape) != tuple(variable.shape):
                 raise InputError(
                     f"the saved {name} has shape {state[name].shape}, "
                     f"the model's has {tuple(variable.shape)}"
                 )
-            variable.assign(state[name])
+            variable.assign(state[name].astype(native(variable).dtype.as_numpy_dtype))
+
+
+_NEEDED = ("params/", "statistics/", "optimizer/")
 
 
 def native(variable: Any) -> Any:

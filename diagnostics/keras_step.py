@@ -30,7 +30,7 @@ from diagnostics.keras_update import (
     guarded_update,
     new_state_finite,
 )
-from diagnostics.protocol import Check, State
+from diagnostics.protocol import Check, State, StepOutcome
 
 INPUT, LABELS, SAMPLE_WEIGHTS = "input", "labels", "sample weights"
 RUNAWAY_LOSS, RUNAWAY_GRADIENT = "loss beyond its limit", "gradient norm beyond its limit"
@@ -79,22 +79,34 @@ class GuardedStep:
         self.limits = tf.Variable([np.inf, np.inf], trainable=False, dtype=tf.float32)
         self._train_step = train_step
         self._keep_initial = keep_initial
+        self._plan: Plan | None = None
+
+    def prepare(self, data: Any) -> None:
+        """Builds what the first step would build, and keeps the state before it.
+
+        Call it eagerly with the first batch; without it the first trace does the same,
+        but cannot see the initial values yet.
+        """
+        if self.model.run_eagerly or tf.distribute.has_strategy():
+            _build_optimizers(self.model)
+            self.state = StateNames(self.model)
+        else:
+            self._plan, self.state = probe(self.model, self._train_step, data, self._may_gate())
+        if self.state.bytes() <= self._keep_initial:
+            self.initial = self.state.arrays()
 
     def __call__(self, data: Any) -> dict[str, Any]:
         strategy = tf.distribute.has_strategy()
-        eager = tf.executing_eagerly()
-        if eager or strategy:
-            # Keras has built the model before it goes to replicas.
-            _build_optimizers(self.model)
+        if tf.executing_eagerly() or strategy:
             self.state = StateNames(self.model)
-            plan = Plan(False, tuple(self.state.variables))
-        else:
-            may_gate = not self.model.jit_compile
-            plan, self.state = probe(self.model, self._train_step, data, may_gate)
-        if self.initial is None and self.state.bytes() <= self._keep_initial:
-            with tf.init_scope():
-                self.initial = self.state.arrays()
-        return _Trace(self, plan, self.state).run(data)
+            self._plan = Plan(False, tuple(self.state.variables))
+        elif self._plan is None:
+            self._plan, self.state = probe(self.model, self._train_step, data, self._may_gate())
+        assert self.state is not None and self._plan is not None
+        return _Trace(self, self._plan, self.state).run(data)
+
+    def _may_gate(self) -> bool:
+        return not self.model.jit_compile
 
     def original(self, data: Any) -> Any:
         """The user's train step."""
@@ -105,6 +117,42 @@ class GuardedStep:
         if layout not in self.layouts:
             self.layouts.append(layout)
         return self.layouts.index(layout)
+
+
+def read_outcome(guarded: GuardedStep, shown: dict[str, tf.Tensor]) -> StepOutcome:
+    """What a guarded step returned, by names.
+
+    Checks of the data that do not stop a run by themselves are told where another
+    check failed.
+    """
+    layout = guarded.layouts[int(shown["layout"])]
+    passed = np.asarray(shown["passed"]) > 0.5
+    applied = all(ok or not hard for ok, hard in zip(passed, layout.hard, strict=True))
+    failed: list[Check] = []
+    if not applied:
+        down = [check for check, ok in zip(layout.checks, passed, strict=True) if not ok]
+        failed = list(dict.fromkeys(down))
+    row = np.asarray(shown["telemetry"], np.float32).tolist()
+    return StepOutcome(applied, tuple(failed), dict(zip(layout.columns, row, strict=True)))
+
+
+def guarded_function(
+    model: Any, keep_initial: int = 0
+) -> tuple[GuardedStep, Callable[[Any], dict[str, Any]]]:
+    """A train function of Keras' own making around a guarded step; the model keeps its own.
+
+    Returns:
+      The step, and the function: give it an iterator over one batch.
+    """
+    step = GuardedStep(model, model.train_step, keep_initial)
+    plain = model.train_function
+    object.__setattr__(model, "train_step", step)
+    try:
+        model.make_train_function(force=True)
+        return step, model.train_function
+    finally:
+        object.__delattr__(model, "train_step")
+        model.train_function = plain
 
 
 class _Trace:

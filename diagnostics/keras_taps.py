@@ -94,6 +94,9 @@ class Recorder:
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         self._vouched: dict[int, Any] = {}  # id -> tensor, held so that no id is used twice
 
+    def enter(self, phase: str) -> None:
+        """The step enters 'loss', 'backward' or 'update'; of use to who traces op by op."""
+
     def vouch(self, values: Any) -> None:
         """These tensors need no look of their own."""
         for tensor in keras.tree.flatten(values):
@@ -202,8 +205,10 @@ def _patch_shared() -> list[Callable[[], None]]:
         return recorder.layer_call(self, lambda: call(self, *args, **kwargs), (args, kwargs))
 
     def overheard_gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
-        result = gradient(self, target, sources, *args, **kwargs)
         recorder = _local.recorder
+        if recorder is not None:
+            recorder.enter("backward")
+        result = gradient(self, target, sources, *args, **kwargs)
         if recorder is not None:
             if recorder.loss is None:
                 recorder.note_loss(_first_tensor(target))
@@ -251,6 +256,7 @@ def _overheard_loss(model: Any, compute_loss: Callable[..., Any]) -> Callable[..
         recorder = _local.recorder
         if recorder is None:
             return compute_loss(*args, **kwargs)
+        recorder.enter("loss")
         given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
         if _takes_class_numbers(model) and tf.is_tensor(given.get("y")):
             checked = recorder.checked_labels(given["y"], given.get("y_pred"))
@@ -268,6 +274,8 @@ def _overheard_loss(model: Any, compute_loss: Callable[..., Any]) -> Callable[..
 def _overheard_apply(optimizer: Any, apply: Callable[..., Any]) -> Callable[..., Any]:
     def overheard(grads: Any, trainable_variables: Any = None) -> Any:
         recorder = _local.recorder
+        if recorder is not None:
+            recorder.enter("update")
         if recorder is None or recorder.on_apply is None:
             return apply(grads, trainable_variables)
         variables = trainable_variables

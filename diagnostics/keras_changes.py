@@ -1,0 +1,237 @@
+"""What can be done differently in a foreign Keras run, and how a user writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from diagnostics.errors import InputError
+from diagnostics.keras_names import LayerNames
+from diagnostics.protocol import Batch, Change, Check, RunFacts, State
+
+LARGE_INPUT = 20.0
+CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
+EPSILON = 1e-7
+# Losses that take probabilities and can be told to take logits.
+_FROM_PROBABILITIES = ("categorical_crossentropy", "binary_crossentropy")
+
+
+def candidates(
+    model: Any,
+    facts: RunFacts,
+    failed: Sequence[Check],
+    step: int,
+    suspects: Sequence[int],
+    batch: Batch | None,
+    has_start: bool,
+) -> list[Change]:
+    """Changes worth a replay, those nearest to the intended run first.
+
+    Args:
+      failed: the checks that tripped.
+      batch: the failing one; tells whether inputs are unscaled.
+      has_start: the state of step 0 is known.
+    """
+    found: list[Change] = []
+    if suspects:
+        names = ", ".join(map(str, suspects[:4])) + ("…" if len(suspects) > 4 else "")
+        found.append(
+            Change("without_examples", tuple(suspects), f"without example {names}", rank=0)
+        )
+    found += _formula_changes(model, failed)
+    found += _precision_changes(facts, failed)
+    found += _rate_changes(model, facts, step)
+    scale = input_divisor(batch)
+    if scale is not None:
+        label = f"inputs divided by {scale:g}"
+        found.append(Change("input_scale", 1.0 / scale, label, rank=2))
+    if has_start and any(layer.weight for layer in facts.layers):
+        for rank, name in ((2, "glorot_uniform"), (2, "he_normal")):
+            found.append(Change("init", name, f"init {name}", from_start=True, rank=rank))
+        found.append(Change("init_scale", 0.1, "initial kernels times 0.1", True, rank=6))
+    return found
+
+
+def _rate_changes(model: Any, facts: RunFacts, step: int) -> list[Change]:
+    found = []
+    if facts.learning_rate and rate_variable(model) is not None:
+        for divisor in (10, 100):
+            rate = float(f"{facts.learning_rate / divisor:.6g}")
+            found.append(Change("learning_rate", rate, f"learning rate {rate:g}", rank=3))
+        steps = max(100, 4 * (step + 1))
+        found.append(Change("warmup", steps, f"{steps} steps of warm-up", rank=3))
+    if model.optimizer is not None and not facts.clip_norm:
+        found.append(Change("clip_norm", 1.0, "gradient norm clipped to 1", rank=3))
+    return found
+
+
+def _precision_changes(facts: RunFacts, failed: Sequence[Check]) -> list[Change]:
+    found = []
+    half = facts.precision != "float32"
+    in_update = bool(failed) and failed[0].stage == "update"
+    if facts.optimizer_epsilon is not None and (half or in_update):
+        epsilon = 1e-4 if half else 1e-3
+        if epsilon > facts.optimizer_epsilon:
+            label = f"optimizer epsilon {epsilon:g}"
+            found.append(Change("optimizer_epsilon", epsilon, label, rank=1))
+    if half:
+        found.append(Change("precision", "float32", "precision float32", rank=2))
+    return found
+
+
+def _formula_changes(model: Any, failed: Sequence[Check]) -> list[Change]:
+    if not failed or failed[0].stage not in ("loss", "backward"):
+        return []
+    losses = compiled_losses(model)
+    if any(_can_take_logits(loss) for loss in losses):
+        return [Change("loss_formula", FROM_LOGITS, "loss from logits", rank=1)]
+    if getattr(model, "_compile_loss", None) is None:
+        return []
+    label = f"predictions kept between {EPSILON:g} and 1 - {EPSILON:g}"
+    return [Change("loss_formula", CLIP_PREDICTIONS, label, rank=1)]
+
+
+def _can_take_logits(loss: Any) -> bool:
+    given = getattr(loss, "_fn_kwargs", {})
+    return loss.name.endswith(_FROM_PROBABILITIES) and given.get("from_logits") is False
+
+
+def compiled_losses(model: Any) -> list[Any]:
+    """Loss objects as Keras compiled them; empty before the first step."""
+    compiled = getattr(model, "_compile_loss", None)
+    flat = getattr(compiled, "_flat_losses", None) or []
+    return [entry.loss for entry in flat]
+
+
+def inner_optimizer(model: Any) -> Any:
+    """The optimizer that updates, inside a loss scale if there is one."""
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+
+
+def rate_variable(model: Any) -> Any:
+    """The variable that holds the learning rate; None under a schedule."""
+    rate = getattr(inner_optimizer(model), "_learning_rate", None)
+    return rate if isinstance(rate, keras.Variable) else None
+
+
+def input_divisor(batch: Batch | None) -> float | None:
+    """What large inputs should be divided by: 255 for grey levels, else their RMS."""
+    for name, array in (batch or {}).items():
+        if not name.startswith("inputs") or array.dtype.kind != "f" or not array.size:
+            continue
+        finite = array[np.isfinite(array)].astype(np.float64)
+        largest = float(np.abs(finite).max(initial=0.0))
+        if largest > LARGE_INPUT:
+            grey = finite.min() >= 0 and 64 < largest <= 255
+            return 255.0 if grey else float(f"{np.sqrt(np.mean(finite**2)):.2g}")
+    return None
+
+
+def changed_batch(batch: Batch, change: Change | None) -> Batch:
+    """The batch with the change, where it is one of the data.
+
+    Raises:
+      InputError: every example of the batch is suspect.
+    """
+    if change is None:
+        return batch
+    if change.kind == "input_scale":
+        factor = np.float32(change.value)
+        return {
+            name: (array * factor).astype(array.dtype)
+            if name.startswith("inputs") and array.dtype.kind == "f"
+            else array
+            for name, array in batch.items()
+        }
+    if change.kind == "without_examples" and "example_ids" in batch:
+        bad = np.isin(batch["example_ids"], np.array(change.value))
+        if bad.all():
+            raise InputError("every example of the batch is suspect", "Look at the data itself")
+        rows = np.where(bad, np.flatnonzero(~bad)[0], np.arange(len(bad)))
+        return {
+            name: array[rows] if array.ndim and len(array) == len(rows) else array
+            for name, array in batch.items()
+        }
+    return batch
+
+
+def changed_start(state: State, facts: RunFacts, change: Change | None) -> State:
+    """Step 0's state with other kernels, where the change asks for that."""
+    if change is None or change.kind not in ("init", "init_scale"):
+        return state
+    changed = dict(state)
+    for seed, layer in enumerate(facts.layers):
+        if layer.weight is None or layer.weight not in state or layer.kind == "Embedding":
+            continue
+        old = state[layer.weight]
+        if change.kind == "init_scale":
+            changed[layer.weight] = (old * np.asarray(change.value, old.dtype)).astype(old.dtype)
+        else:
+            initialiser = type(keras.initializers.get(change.value))(seed=seed)
+            new = keras.ops.convert_to_numpy(initialiser(old.shape))
+            changed[layer.weight] = new.astype(old.dtype)
+    return changed
+
+
+def command(model: Any, facts: RunFacts, change: Change) -> str:
+    """The change as a line of the user's program."""
+    value = change.value
+    if change.kind == "learning_rate":
+        return f"optimizer = {optimizer_code(model, learning_rate=value)}"
+    if change.kind == "clip_norm":
+        return f"optimizer = {optimizer_code(model, global_clipnorm=value)}"
+    if change.kind == "optimizer_epsilon":
+        return f"optimizer = {optimizer_code(model, epsilon=value)}"
+    if change.kind == "warmup":
+        rate = facts.learning_rate or 0.0
+        return (
+            f"learning_rate = keras.optimizers.schedules.CosineDecay({rate / value:.6g}, 1, "
+            f"alpha=1.0, warmup_target={rate:g}, warmup_steps={value})"
+        )
+    if change.kind == "precision":
+        return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
+    if change.kind == "init":
+        layers = [layer.name for layer in facts.layers if layer.weight]
+        shown = ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")
+        return f'kernel_initializer="{value}"  # of the layers {shown}'
+    if change.kind == "input_scale":
+        return f"x = x / {1.0 / value:.6g}  # before fit"
+    if change.kind == "without_examples":
+        rows = list(value)
+        return f"x, y = np.delete(x, {rows}, axis=0), np.delete(y, {rows}, axis=0)"
+    if change.kind == "loss_formula" and value == FROM_LOGITS:
+        return "loss = the same loss with from_logits=True, and no activation on the last layer"
+    if change.kind == "loss_formula":
+        return f"y_pred = keras.ops.clip(y_pred, {EPSILON:g}, 1 - {EPSILON:g})  # in the loss"
+    return ""
+
+
+def optimizer_code(model: Any, **changes: Any) -> str:
+    """The optimizer as Python, with some arguments changed; defaults are left out."""
+    optimizer = inner_optimizer(model)
+    defaults = type(optimizer)().get_config()
+    given: Mapping[str, Any] = {
+        key: value
+        for key, value in optimizer.get_config().items()
+        if key != "name" and value != defaults.get(key) and not isinstance(value, dict)
+    }
+    merged = {"learning_rate": optimizer.get_config()["learning_rate"], **given, **changes}
+    inside = ", ".join(f"{key}={_shown(value)}" for key, value in merged.items())
+    module = "keras.optimizers." if type(optimizer).__module__.startswith("keras.") else ""
+    return f"{module}{type(optimizer).__name__}({inside})"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
+def last_activation(model: Any) -> Any:
+    """The layer whose softmax or sigmoid makes the model's output; None if there is none."""
+    for layer in reversed(LayerNames(model).layers()):
+        activation = vars(layer).get("activation")
+        if getattr(activation, "__name__", "") in ("softmax", "sigmoid"):
+            return layer
+    return None

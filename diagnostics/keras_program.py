@@ -1,0 +1,186 @@
+"""The training step of a Keras run, as it trained or with one thing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+from diagnostics.keras_batches import unflatten_batch
+from diagnostics.keras_changes import (
+    CLIP_PREDICTIONS,
+    EPSILON,
+    FROM_LOGITS,
+    changed_batch,
+    compiled_losses,
+    inner_optimizer,
+    last_activation,
+    rate_variable,
+)
+from diagnostics.keras_names import StateNames
+from diagnostics.keras_phases import run_by_phases
+from diagnostics.keras_step import guarded_function, read_outcome
+from diagnostics.protocol import Batch, Change, State, StepOutcome
+
+if TYPE_CHECKING:
+    from diagnostics.op_trace import OpTrace
+
+# Only these need a graph of their own; other changes are of state or data.
+_RETRACED = ("clip_norm", "optimizer_epsilon", "loss_formula", "precision")
+
+
+class SharedModel:
+    """One model whose variables several programs use in turn.
+
+    A program that gives way keeps its state on the host until it runs again.
+    """
+
+    def __init__(self, model: Any, structure: Any) -> None:
+        self.model = model
+        self.structure = structure
+        self.names: StateNames | None = None
+        self._holder: KerasProgram | None = None
+        self._functions: dict[str, tuple[Any, Any]] = {}
+
+    def take(self, program: KerasProgram) -> None:
+        """Makes `program` the one whose state the variables hold."""
+        if self._holder is not program:
+            if self._holder is not None and self.names is not None:
+                self._holder.parked = self.names.arrays()
+            self._holder = program
+
+    def holds(self, program: KerasProgram) -> bool:
+        return self._holder is program
+
+    def function(self, change: Change | None) -> tuple[Any, Any]:
+        """(guarded step, compiled function) for a change; made once."""
+        retraced = change is not None and change.kind in _RETRACED
+        key = f"{change.kind} {change.value}" if retraced and change is not None else ""
+        if key not in self._functions:
+            self._functions[key] = guarded_function(self.model)
+        return self._functions[key]
+
+
+class KerasProgram:
+    """Implements `diagnostics.protocol.Program`.
+
+    Args:
+      rate: the learning rate as recorded, for a warm-up.
+    """
+
+    def __init__(self, shared: SharedModel, change: Change | None, rate: float | None) -> None:
+        self.parked: State | None = None
+        self._shared, self._change, self._rate = shared, change, rate
+        self._step, self._function = shared.function(change)
+
+    def load(self, state: State) -> None:
+        self._shared.take(self)
+        self._names().load(state)
+        self.parked = None
+        if self._change is not None and self._change.kind == "learning_rate":
+            rate_variable(self._shared.model).assign(self._change.value)
+
+    def state(self) -> State:
+        self._resume()
+        return self._names().arrays()
+
+    def run(self, batch: Batch, step: int) -> StepOutcome:
+        self._resume()
+        self._warm_up(step)
+        data = self._data(batch)
+        with self._settings():
+            shown = self._function(iter([data]))["guard"]
+        return read_outcome(self._step, shown)
+
+    def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
+        self._resume()
+        self._warm_up(step)
+        with self._settings():
+            model = self._shared.model
+            run_by_phases(model, self._names(), self._data(batch), tracer.phase)
+
+    def release(self) -> None:
+        """Gives up its state; the variables and the graphs belong to the shared model."""
+        self.parked = None
+
+    def _names(self) -> StateNames:
+        if self._shared.names is None:
+            self._shared.names = StateNames(self._shared.model)
+        return self._shared.names
+
+    def _resume(self) -> None:
+        if not self._shared.holds(self):
+            if self.parked is None:
+                raise ValueError("load a state first")
+            state = self.parked
+            self.load(state)
+
+    def _data(self, batch: Batch) -> Any:
+        batch = changed_batch(batch, self._change)
+        return unflatten_batch(self._shared.structure, batch, tf.constant)
+
+    def _warm_up(self, step: int) -> None:
+        if self._change is None or self._change.kind != "warmup" or self._rate is None:
+            return
+        share = min(1.0, (1.0 + step * (1.0 - 1.0 / self._change.value)) / self._change.value)
+        rate_variable(self._shared.model).assign(self._rate * share)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """While it runs, the model has the change that a trace must see."""
+        change = self._change
+        if change is None or change.kind not in _RETRACED:
+            yield
+            return
+        undo = _apply(self._shared.model, change)
+        try:
+            yield
+        finally:
+            for owner, name, value in reversed(undo):
+                object.__setattr__(owner, name, value)
+
+
+def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
+    """Sets what the change says; returns (owner, attribute, old value)."""
+    optimizer = inner_optimizer(model)
+    new: list[tuple[Any, str, Any]] = []
+    if change.kind == "clip_norm":
+        new = [
+            (optimizer, "clipnorm", None),
+            (optimizer, "clipvalue", None),
+            (optimizer, "global_clipnorm", change.value),
+        ]
+    elif change.kind == "optimizer_epsilon":
+        new = [(optimizer, "epsilon", change.value)]
+    elif change.kind == "loss_formula" and change.value == FROM_LOGITS:
+        layer = last_activation(model)
+        new = [(layer, "activation", keras.activations.linear)] if layer is not None else []
+        new += [
+            (loss, "_fn_kwargs", {**loss._fn_kwargs, "from_logits": True})
+            for loss in compiled_losses(model)
+        ]
+    elif change.kind == "loss_formula" and change.value == CLIP_PREDICTIONS:
+        new = [(model, "_compile_loss", _Clipped(model._compile_loss))]
+    old = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
+    for owner, name, value in new:
+        object.__setattr__(owner, name, value)
+    return old
+
+
+class _Clipped:
+    """A compiled loss that is given predictions inside the open interval (0, 1)."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss = loss
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
+
+    def __call__(self, y_true: Any, y_pred: Any, *args: Any, **kwargs: Any) -> Any:
+        clipped = keras.tree.map_structure(
+            lambda p: keras.ops.clip(p, EPSILON, 1.0 - EPSILON), y_pred
+        )
+        return self._loss(y_true, clipped, *args, **kwargs)

@@ -1,0 +1,187 @@
+"""A guarded Keras fit as the diagnosis sees it, in its own process or in a later one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from diagnostics.errors import InputError
+from diagnostics.flight_recorder import FlightRecorder
+from diagnostics.incident import Incident, read_incident
+from diagnostics.keras_batches import batches_of
+from diagnostics.keras_changes import candidates, changed_start, command
+from diagnostics.keras_names import StateNames
+from diagnostics.keras_program import KerasProgram, SharedModel
+from diagnostics.keras_rebuild import rebuild_model
+from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
+from diagnostics.protocol import (
+    Batch,
+    Change,
+    Check,
+    LayerFacts,
+    RunFacts,
+    State,
+    Telemetry,
+)
+from diagnostics.snapshot import read_snapshot
+
+
+def open_keras_run(run_dir: Path, imports: Sequence[str] = ()) -> KerasRun:
+    """A run of NumericGuard in this or another process, its model made from config.json.
+
+    Raises:
+      InputError: not such a run, the model cannot be serialised, or a custom object
+        is in none of the modules `imports`; the message names it.
+    """
+    config = read_json(Path(run_dir) / "config.json")
+    if config.get("kind") != KIND or "model" not in config:
+        raise InputError(f"{run_dir} holds no step of a NumericGuard")
+    return KerasRun(Path(run_dir), rebuild_model(config, imports))
+
+
+class KerasRun:
+    """Implements `diagnostics.protocol.ReplayableRun`.
+
+    Args:
+      run_dir: as NumericGuard wrote it.
+      model: the compiled model, live or made again. Its variables are used for the
+        replays; keep a copy of what must stay.
+    """
+
+    def __init__(self, run_dir: Path, model: Any) -> None:
+        self.name = str(run_dir)
+        self._directory = run_dir
+        self._config = read_json(run_dir / "config.json")
+        self.facts = _facts(self._config["facts"])
+        self._shared = SharedModel(model, self._config["batch_structure"])
+        incidents = numbered(run_dir / "incidents")
+        self._incident: Incident | None = None
+        if incidents:
+            self._incident = read_incident(incidents[max(incidents)])
+        self._batches = self._snapshot("batches", batches_of)
+        self._start = self._snapshot("start", lambda arrays: arrays)
+        self._float32: SharedModel | None = None
+
+    def _snapshot(self, name: str, use: Any) -> dict:
+        directory = self._directory / name
+        return use(read_snapshot(directory)[0]) if directory.is_dir() else {}
+
+    def incident_step(self) -> int | None:
+        if self._incident is None or self._incident.record.get("diverged"):
+            return None
+        return self._incident.step
+
+    def recorded_failures(self) -> tuple[Check, ...]:
+        if self._incident is None:
+            return ()
+        return tuple(Check(**check) for check in self._incident.record["failed_checks"])
+
+    def telemetry(self) -> Telemetry:
+        steps, columns, rows = FlightRecorder(self._directory / "telemetry").read()
+        return Telemetry(steps, tuple(columns), rows)
+
+    def state_steps(self) -> Sequence[int]:
+        steps = {0} if self._start else set()
+        if self._incident is not None:
+            steps.add(self._incident.step)
+        return sorted(steps)
+
+    def state_before(self, step: int) -> State:
+        if self._incident is not None and step == self._incident.step:
+            return self._incident.state
+        if step == 0 and self._start:
+            return self._start
+        raise InputError(f"the state before step {step} of {self.name} was not kept")
+
+    def start_state(self, change: Change | None = None) -> State:
+        """Empty if it was too large to keep."""
+        return changed_start(self._start, self.facts, change)
+
+    def batch(self, step: int) -> Batch | None:
+        if self._incident is not None and step == self._incident.step:
+            return self._incident.batch
+        if step in self._batches:
+            return self._batches[step]
+        # Beyond the failure nothing is known: the earlier batches come again in turn.
+        last = self._incident.step if self._incident is not None else len(self._batches) - 1
+        if step > last and self._batches:
+            known = sorted(self._batches)
+            return self._batches[known[(step - last - 1) % len(known)]]
+        return None
+
+    def example_names(self, batch: Batch) -> list[tuple[int, str]]:
+        if "example_ids" in batch:
+            return [(int(i), f"row {int(i)} of the data") for i in batch["example_ids"]]
+        rows = max((len(array) for array in batch.values() if array.ndim), default=0)
+        return [(row, f"row {row} of the batch") for row in range(rows)]
+
+    def program(self, change: Change | None = None) -> KerasProgram:
+        shared = self._shared
+        if change is not None and change.kind == "precision":
+            shared = self._in_float32()
+        return KerasProgram(shared, change, self.facts.learning_rate)
+
+    def _in_float32(self) -> SharedModel:
+        """A twin of the model whose layers compute and keep float32."""
+        if self._float32 is None:
+            model = self._shared.model
+            serialised = json.dumps(model.get_config())
+            for name in ("mixed_float16", "mixed_bfloat16", "float16", "bfloat16"):
+                serialised = serialised.replace(f'"{name}"', '"float32"')
+            twin = type(model).from_config(json.loads(serialised))
+            optimizer = keras.optimizers.serialize(model.optimizer)
+            twin.compile(
+                keras.optimizers.deserialize(optimizer),
+                loss=model.loss,
+                jit_compile=bool(model.jit_compile),
+                run_eagerly=bool(model.run_eagerly),
+            )
+            twin.optimizer.build(twin.trainable_variables)
+            self._float32 = SharedModel(twin, self._shared.structure)
+        return self._float32
+
+    def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
+        return candidates(
+            self._shared.model,
+            self.facts,
+            self.recorded_failures(),
+            step,
+            suspects,
+            self.batch(step),
+            bool(self._start),
+        )
+
+    def command(self, change: Change) -> str:
+        return command(self._shared.model, self.facts, change)
+
+    def environment(self) -> Mapping[str, Any]:
+        return read_json(self._directory / "manifest.json").get("environment", {})
+
+    def conditions(self) -> Sequence[str]:
+        found = []
+        recorded = self.environment().get("packages", {})
+        for name, version in describe_packages()["packages"].items():
+            if recorded.get(name, version) != version:
+                found.append(f"{name} is {version} now, the run was recorded with {recorded[name]}")
+        if self._incident is not None and self._batches:
+            found.append(
+                f"after step {self._incident.step} the replays are fed the earlier batches again"
+            )
+        return found
+
+    def live_state(self) -> State:
+        """What the model holds now."""
+        return StateNames(self._shared.model).arrays()
+
+    def put_back(self, state: State) -> None:
+        """Writes such a state again."""
+        StateNames(self._shared.model).load(state)
+
+
+def _facts(stored: Mapping[str, Any]) -> RunFacts:
+    layers = tuple(LayerFacts(**layer) for layer in stored["layers"])
+    return RunFacts(**{**stored, "layers": layers})
