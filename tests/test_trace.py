@@ -14,6 +14,7 @@ from toy_run import LAYERS, Fault, ToyConfig, ToyProgram, ToyRun, toy_batch
 from toy_step import initial_state
 
 from diagnostics import trace
+from diagnostics.culprits import Trials
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.errors import InputError, NothingToDiagnose
 from diagnostics.op_trace import OpTrace
@@ -151,12 +152,27 @@ def test_poisoned_examples_are_found_by_leaving_them_out(rows, monkeypatch):
     assert program.runs <= 1 + 3 + 14
 
 
-def test_ordinary_examples_under_exploded_weights_are_innocent():
+def test_ordinary_examples_under_exploded_weights_are_innocent(monkeypatch):
+    def needless(self: Trials, batch: Batch) -> bool:
+        raise AssertionError("this can be told without running a step")
+
+    monkeypatch.setattr(Trials, "survives", needless)
     for config in (ToyConfig(sigma=10.0), ToyConfig(sigma=3.0), ToyConfig(learning_rate=50.0)):
         found = located(config)
         assert found.stage == "forward" and found.op == "MatMul"
         assert found.count < found.size  # only some rows overflowed
         assert (found.examples, found.example_names) == ((), ())
+
+
+def test_a_bright_example_under_exploded_weights_is_innocent():
+    # It overflows alone, and other batches pass; but all others are about to overflow.
+    config = ToyConfig()
+    state, batch = initial_state(config), poisoned_batch(config, {3: 30.0})
+    state["params/dense1/kernel"] *= 1e37
+    state["params/dense2/kernel"] *= 1e-37
+    found = locate_with(ToyRun(config), ToyProgram(config), state, batch, 0)
+    assert (found.stage, found.layer, found.kind) == ("forward", "dense1", "inf")
+    assert found.count < 17 and found.examples == ()
 
 
 def test_an_innocent_batch_after_a_poisoned_one_is_innocent():
