@@ -9,7 +9,7 @@ import numpy as np
 
 from diagnostics.errors import SnapshotDamaged
 from diagnostics.protocol import ReplayableRun, State
-from diagnostics.replay import OnStep, ignore_step, nearest_state, needed_batch
+from diagnostics.replay import OnStep, ignore_step, needed_batch
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def all_finite(state: State) -> bool:
     Memory of the schedule (`schedule/…`) may hold infinity before its first use.
     """
     return all(
-        bool(np.isfinite(array.astype(np.float32)).all())
+        bool(np.isfinite(array.astype(np.promote_types(array.dtype, np.float32), copy=False)).all())
         for name, array in state.items()
         if not name.startswith("schedule/") and array.dtype.kind not in "biuSU"
     )
@@ -54,13 +54,13 @@ def first_bad_step(run: ReplayableRun, last: int, on_step: OnStep = ignore_step)
       InputError: a batch on the way is gone.
     """
     stored = [step for step in run.state_steps() if step <= last]
-    bad = first_true(stored, lambda step: not _good(run, step))
-    if bad == 0:
+    bad = first_true(stored, lambda step: _finite(run, step) is False)
+    start = next((step for step in reversed(stored[:bad]) if _finite(run, step)), None)
+    if start is None:
         return stored[0]
     end = stored[bad] if bad < len(stored) else last + 1
-    start, state = nearest_state(run, stored[bad - 1])
     program = run.program()
-    program.load(state)
+    program.load(run.state_before(start))
     for step in range(start, end):
         outcome = program.run(needed_batch(run, step), step)
         on_step(step, outcome)
@@ -70,9 +70,9 @@ def first_bad_step(run: ReplayableRun, last: int, on_step: OnStep = ignore_step)
     return None if bad == len(stored) else end
 
 
-def _good(run: ReplayableRun, step: int) -> bool:
-    """Whether a stored state is finite; one that cannot be read is replayed through."""
+def _finite(run: ReplayableRun, step: int) -> bool | None:
+    """Whether a stored state is finite; None if it cannot be read."""
     try:
         return all_finite(run.state_before(step))
     except SnapshotDamaged:
-        return True
+        return None
