@@ -84,8 +84,10 @@ def _failing_step(run: ReplayableRun, progress: Progress) -> int | None:
         return incident
     if telemetry.steps.size:
         return failing_row(telemetry)
-    last = run.state_steps()[-1]
-    return first_bad_step(run, last, lambda now, _: progress("searching", now, last))
+    # It may have failed on its way to the next state that it would have stored.
+    *_, before, last = (0, *run.state_steps())
+    end = last + last - before
+    return first_bad_step(run, end, lambda now, _: progress("searching", now, end))
 
 
 class _Session:
@@ -170,8 +172,9 @@ class _Session:
             reason = detect(telemetry, self._run.facts)
             if reason is not None:
                 return verdict, reason
+        what = "its recorded steps are" if telemetry.steps.size else "what it stored is"
         raise NothingToDiagnose(
-            f"{self._run.name} left no incident, and its recorded steps are healthy",
+            f"{self._run.name} left no incident, and {what} healthy",
             "Use --step N to look at one step",
         )
 
