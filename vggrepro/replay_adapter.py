@@ -275,6 +275,7 @@ def _sound_incident(directory: Path) -> Incident:
             directory.name == f"step-{incident.step:08d}"
             and len(incident.batch["labels"]) == len(incident.batch["example_ids"]) == rows
             and len(record["example_names"]) == rows
+            and len(record["failed_checks"]) > 0
             and all(isinstance(Check(**check).stage, str) for check in record["failed_checks"])
         )
     except (KeyError, TypeError, AttributeError) as error:
