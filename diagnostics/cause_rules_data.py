@@ -8,18 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from diagnostics.evidence import Evidence, Finding
+from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.op_domains import domain_fault
 from diagnostics.report_words import number, plural
 from diagnostics.signals import (
     UNSCALED_INPUT,
     exploded,
     failed_checks,
-    gain_bits,
     half_precision,
     input_arrays,
     input_scale,
     label_arrays,
-    layer_gains,
     lonely_peak,
     lonely_sentence,
     loss_over_chance,

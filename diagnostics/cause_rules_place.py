@@ -7,16 +7,10 @@ from collections.abc import Iterator
 
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.evidence import Evidence, Finding
+from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.op_domains import DomainFault, domain_fault, op_name
 from diagnostics.report_words import number, plural
-from diagnostics.signals import (
-    HUGE,
-    gain_bits,
-    half_precision,
-    largest_signal,
-    layer_gains,
-    unscaled,
-)
+from diagnostics.signals import HUGE, half_precision, largest_signal, unscaled
 from diagnostics.telemetry_view import preactivations_of_row
 
 _RECURRENT = ("RNN", "LSTM", "GRU")

@@ -6,15 +6,13 @@ import math
 from collections.abc import Iterator
 
 from diagnostics.evidence import Evidence, Finding
+from diagnostics.layer_gain import LayerGain, gain_bits, layer_gains
 from diagnostics.report_words import number
 from diagnostics.signals import (
-    LayerGain,
     amplification,
     exploded,
     first_loss,
-    gain_bits,
     largest_update,
-    layer_gains,
     loss_over_chance,
     unscaled,
 )
@@ -57,7 +55,7 @@ def _gain_sentence(gains: list[LayerGain], amplified: float) -> str:
     return (
         f"The initial weights multiply the signal by {number(2.0**amplified)} from input to "
         f"output: up to {strongest.gain:.2g} times in one layer ({strongest.name}: "
-        f"sqrt(fan-in {strongest.fan_in:,} x {strongest.std:.3g}^2 / 2)), where 1 keeps it"
+        f"{strongest.formula}), where 1 keeps it"
     )
 
 
@@ -77,8 +75,7 @@ def _initialiser(evidence: Evidence, gains: list[LayerGain]) -> Iterator[Finding
         )
     note = evidence.facts.extra.get("init_note")
     if note:
-        # The weight only places the sentence; it says where the number comes from.
-        yield Finding("init", 2.6, note)
+        yield Finding("init", 0.5, note, place=2.9)
 
 
 def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from diagnostics.cause_rules_numbers import setting_findings
 from diagnostics.evidence import Evidence, Finding
+from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.report_words import number
-from diagnostics.signals import gain_bits, input_arrays, layer_gains
+from diagnostics.signals import input_arrays
 from diagnostics.stall import (
     FAINT_SIGNAL,
     IDLE_UPDATE,
@@ -45,7 +46,7 @@ def _vanishing(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
             min(4.0, -0.3 * shrunk),
             f"The initial weights shrink the signal {number(2.0**-shrunk)} times from input to "
             f"output, up to {1 / weakest.gain:.2g} times in one layer ({weakest.name}: "
-            f"sqrt(fan-in {weakest.fan_in:,} x {weakest.std:.3g}^2 / 2) = {weakest.gain:.2g}); "
+            f"{weakest.formula} = {weakest.gain:.2g}); "
             "gradients shrink in the same way on their way back",
         )
     if signals.faintest_scale is not None and 0 < signals.faintest_scale < FAINT_SIGNAL:

@@ -68,7 +68,7 @@ def _findings(evidence: Evidence) -> Iterable[Finding]:
 def _sentences(findings: Iterable[Finding], kind: str) -> tuple[str, ...]:
     """What speaks for a kind, strongest first, each once."""
     said = [one for one in findings if one.kind == kind and one.weight > 0 and one.sentence]
-    ordered = sorted(said, key=lambda one: -one.weight)
+    ordered = sorted(said, key=lambda one: -(one.weight if one.place is None else one.place))
     return tuple(dict.fromkeys(one.sentence for one in ordered))[:_SENTENCES]
 
 

@@ -54,8 +54,10 @@ class Finding(NamedTuple):
     Attributes:
       weight: log-odds in nats, roughly: 1 a hint, 2.5 strong, 5 nearly conclusive.
       sentence: for the user, with numbers; may be empty.
+      place: where it stands among the sentences, if not by its weight.
     """
 
     kind: str
     weight: float
     sentence: str = ""
+    place: float | None = None

@@ -25,9 +25,9 @@ from evidence_samples import (
 from diagnostics.causes import Evidence, judge
 from diagnostics.diagnosis import CAUSE_KINDS
 from diagnostics.evidence import Finding
+from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.op_domains import domain_fault, op_name
 from diagnostics.protocol import Check, LayerFacts, StepOutcome
-from diagnostics.signals import gain_bits, layer_gains
 
 MLP = (("dense1", 784), ("dense2", 512), ("logits", 512))
 NO_CLASSES: dict[str, Any] = {"classes": None, "chance_loss": None, "loss": "mse"}
