@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,9 @@ def write_whole(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
             sync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        # It may not be there, nor may its directory; the error above is the one to tell.
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 
