@@ -34,6 +34,7 @@ def place_findings(evidence: Evidence) -> Iterator[Finding]:
         yield from _bare_loss(evidence, first)
     yield from _unbounded_activation(evidence)
     yield from _recurrence(evidence)
+    yield from _alignment(evidence)
     yield from _at_once(evidence)
 
 
@@ -82,6 +83,12 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
     if sane == 1.0:
         sentence += f"; what goes into it is no larger than {number(fault.magnitude)}"
     yield Finding(kind, 4.5 * sane, sentence)
+    if half_precision(evidence) and any(given.nonfinite for given in first.inputs):
+        yield Finding(
+            "precision",
+            5.0,
+            "In float16, which ends at 65504, a constant such as -1e9 is itself infinite",
+        )
     for survivor in evidence.survivors("loss_formula"):
         yield Finding(kind, 3.0, f"With {survivor.change} the same steps stay finite")
 
@@ -155,6 +162,17 @@ def _recurrence(evidence: Evidence) -> Iterator[Finding]:
             2.5,
             f"{first.layer} is recurrent ({kind}): it multiplies its state by the same weights "
             "at every time step, so over a long sequence the state grows without bound",
+        )
+
+
+def _alignment(evidence: Evidence) -> Iterator[Finding]:
+    first = evidence.first_nonfinite
+    if first is not None and first.op is not None and "ctc" in op_name(first.op):
+        yield Finding(
+            "labels",
+            4.0,
+            f"{first.op} has no alignment for some example: its label sequence is longer than "
+            "the output sequence",
         )
 
 

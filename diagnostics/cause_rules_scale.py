@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import LayerGain, gain_bits, layer_gains
 from diagnostics.report_words import number
@@ -16,6 +18,7 @@ from diagnostics.signals import (
     loss_over_chance,
     unscaled,
 )
+from diagnostics.telemetry_view import scalar_column
 
 _EXPLODES = 3.0  # bits of amplification that a net may have and still train
 _ADAPTIVE = ("adam", "rmsprop", "adagrad", "nadam", "adamw", "adamax", "ftrl", "lion", "lamb")
@@ -33,6 +36,7 @@ def scale_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _first_step(evidence, amplified)
     yield from _init_replays(evidence, amplified)
     yield from _rate(evidence)
+    yield from _schedule(evidence)
     # An ordinary rate on unscaled numbers makes large updates, and a smaller one survives.
     share = 0.4 if _ordinary_rate(evidence) and unscaled(evidence) else 1.0
     for finding in (*_updates(evidence), *_rate_replays(evidence, amplified)):
@@ -154,6 +158,21 @@ def _rate(evidence: Evidence) -> Iterator[Finding]:
             "learning_rate",
             min(3.0, 1.2 + math.log10(excess)),
             f"The learning rate {rate:g} is large for {evidence.facts.optimizer or 'SGD'}",
+        )
+
+
+def _schedule(evidence: Evidence) -> Iterator[Finding]:
+    """A schedule that raised the rate, beyond a warm-up."""
+    rates = scalar_column(evidence.telemetry, "lr")
+    asked = evidence.facts.learning_rate
+    if rates is None or rates.size < 2 or not np.isfinite(rates).all() or rates[0] <= 0:
+        return
+    usual = max(float(rates[0]), asked or 0.0)
+    if evidence.facts.warmup_steps == 0 and rates[-1] > 5 * usual:
+        yield Finding(
+            "learning_rate",
+            3.0,
+            f"The schedule raised the learning rate from {rates[0]:.3g} to {rates[-1]:.3g}",
         )
 
 

@@ -19,6 +19,9 @@ _DIVISION = {"realdiv", "div", "truediv", "xdivy", "divide", "floordiv", "mod", 
 _RECIPROCAL = {"reciprocal", "inv"}
 _EXPONENTIAL = {"exp", "expm1", "sinh", "cosh"}
 _BATCH_NORM = {"fusedbatchnorm", "fusedbatchnormv", "batchnormwithglobalnormalization"}
+_POSITIVE_ONLY = {"lgamma", "digamma", "polygamma", "ndtri"}
+_MATRIX = {"matrixinverse", "matrixsolve", "cholesky", "logmatrixdeterminant", "svd"}
+_FLOAT32_BITS = 128
 _LARGEST_EXPONENT = 88.72  # of exp in float32
 _LARGEST_EXPONENT_HALF = 11.09
 
@@ -47,7 +50,11 @@ def domain_fault(first: FirstNonfinite, half: bool) -> DomainFault | None:
         return None
     name = op_name(first.op)
     finite = [r for r in first.inputs if math.isfinite(r.minimum) and math.isfinite(r.maximum)]
-    if not finite or any(given.nonfinite for given in first.inputs):
+    if any(given.nonfinite for given in first.inputs):
+        # The first NaN nevertheless: the infinity had been put there, as in a mask.
+        what = "a softmax over nothing but" if "softmax" in name else f"{first.op} with"
+        return DomainFault(f"{what} infinite inputs (a mask of -Inf?)", 0.0, False)
+    if not finite:
         return None
     magnitude = max(max(abs(r.minimum), abs(r.maximum)) for r in finite)
     fault = _fault(name, finite, half)
@@ -77,17 +84,35 @@ def _fault(name: str, given: list[InputRange], half: bool) -> tuple[str, bool] |
         return f"1 over the square root of {number(first.minimum)}", zero
     if name in ("sqrtgrad", "rsqrtgrad") and any(r.minimum <= 0 <= r.maximum for r in given):
         return "the gradient of a square root at 0, which is infinite", True
-    if name == "pow" and first.minimum <= 0:
-        zero = first.minimum == 0
-        return f"a power of {number(first.minimum)} with exponent {_span(last)}", zero
+    if name == "pow":
+        return _power(first, last)
+    if name in _POSITIVE_ONLY and first.minimum <= 0:
+        return f"{name} at {number(first.minimum)}", first.minimum == 0
+    if name in _MATRIX:
+        return f"{name} of a matrix that is singular or nearly so", False
     if name in _EXPONENTIAL:
         return _exponential(name, first, half)
-    if name in ("asin", "acos", "atanh") and max(abs(first.minimum), abs(first.maximum)) >= 1:
+    if (
+        name in ("asin", "acos", "atanh", "erfinv")
+        and max(abs(first.minimum), abs(first.maximum)) >= 1
+    ):
         return f"{name} of a number outside (-1, 1): {_span(first)}", False
     if name == "acosh" and first.minimum < 1:
         return f"acosh of a number below 1: {number(first.minimum)}", False
     if name in _BATCH_NORM and len(given) > 3 and given[-1].minimum <= 0:
         return "a batch normalisation whose variance is 0", True
+    return None
+
+
+def _power(base: InputRange, exponent: InputRange) -> tuple[str, bool] | None:
+    whole = exponent.minimum == exponent.maximum and float(exponent.minimum).is_integer()
+    if base.minimum < 0 and not whole:
+        return f"a power of {number(base.minimum)} with exponent {_span(exponent)}", False
+    if base.minimum <= 0 <= base.maximum and exponent.minimum < 0:
+        return f"0 to the power of {number(exponent.minimum)}", True
+    largest = max(abs(base.minimum), abs(base.maximum))
+    if largest > 1 and math.log2(largest) * exponent.maximum > _FLOAT32_BITS:
+        return f"{number(largest)} to the power of {number(exponent.maximum)}", False
     return None
 
 
@@ -108,4 +133,6 @@ def _exponential(name: str, given: InputRange, half: bool) -> tuple[str, bool] |
 
 
 def _span(given: InputRange) -> str:
+    if given.minimum == given.maximum:
+        return number(given.minimum)
     return f"{number(given.minimum)} to {number(given.maximum)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -23,7 +24,7 @@ from evidence_samples import (
 )
 
 from diagnostics.causes import Evidence, judge
-from diagnostics.diagnosis import CAUSE_KINDS
+from diagnostics.diagnosis import CAUSE_KINDS, InputRange
 from diagnostics.evidence import Finding
 from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.op_domains import domain_fault, op_name
@@ -331,7 +332,11 @@ def test_outlier_one_step_before_the_failure_is_found():
         ("Reciprocal", [(0.0, 3.0)], "a division by 0"),
         ("Sqrt", [(-1e-6, 3.0)], "square root of -1e-6"),
         ("SqrtGrad", [(0.0, 3.0), (0.1, 0.1)], "gradient of a square root at 0"),
-        ("Pow", [(-2.0, 3.0), (0.5, 0.5)], "a power of -2"),
+        ("Pow", [(-2.0, 3.0), (0.5, 0.5)], "a power of -2 with exponent 0.5"),
+        ("Pow", [(0.0, 3.0), (-0.5, -0.5)], "0 to the power of -0.5"),
+        ("Pow", [(0.0, 1e4), (12.0, 12.0)], "1e4 to the power of 12"),
+        ("Lgamma", [(0.0, 3.0)], "lgamma at 0"),
+        ("MatrixInverse", [(-1.0, 3.0)], "singular"),
         ("Exp", [(-4.0, 200.0)], "exp of 200"),
         ("Acos", [(-1.0, 1.2)], "acos of a number outside"),
     ],
@@ -343,7 +348,7 @@ def test_formula_in_the_loss_outside_its_domain(op, inputs, words):
     assert words in said(cause)
 
 
-@pytest.mark.parametrize("op", ["Log", "RealDiv", "Exp", "Sqrt", "MatMul", "Mul", "Sum"])
+@pytest.mark.parametrize("op", ["Log", "RealDiv", "Exp", "Sqrt", "Pow", "MatMul", "Mul", "Sum"])
 def test_op_inside_its_domain_is_not_blamed(op):
     place = first("loss", None, op, inputs=[(0.5, 2.0), (0.5, 2.0)])
     assert domain_fault(place, half=False) is None
@@ -477,6 +482,32 @@ def test_recurrent_layer_that_overflows_is_the_architecture():
         )
     )
     assert cause.kind == "architecture" and "every time step" in said(cause)
+
+
+def masked(**changes: Any) -> Any:
+    """Softmax over a row that a mask has filled with -Inf."""
+    place = first("forward", "attention", "Softmax")
+    row = InputRange("input 0", (16, 10), -1.0, 1.0, 20)
+    return evidence(first_nonfinite=dataclasses.replace(place, inputs=(row,)), **changes)
+
+
+def test_softmax_over_a_masked_row_is_the_architecture_and_in_float16_precision():
+    cause = judge(masked())
+    assert cause.kind == "architecture" and "a mask of -Inf" in said(cause)
+    half = masked(facts=facts(precision="mixed_float16"))
+    assert judge(with_replays(half, replay("precision", "float32", True))).kind == "precision"
+
+
+def test_ctc_without_an_alignment_is_the_labels():
+    place = first("loss", None, "CTCLossV3", kind="inf", inputs=[(-3, 3), (0, 9)])
+    assert judge(evidence(first_nonfinite=place)).kind == "labels"
+
+
+def test_schedule_that_grows_is_the_learning_rate():
+    columns = runaway()
+    columns["lr"] = 0.01 * 3.0 ** np.arange(8)
+    cause = judge(evidence(telemetry=telemetry(columns), first_nonfinite=overflow()))
+    assert cause.kind == "learning_rate" and "from 0.01 to 21.9" in said(cause)
 
 
 # Number formats and the optimizer
