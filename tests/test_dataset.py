@@ -20,7 +20,7 @@ from vggrepro.dataset import (
     index_folder,
     shuffled,
 )
-from vggrepro.rng import fold_in_tensor
+from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
 from vggrepro.synthetic import ensure_synthetic
 
 AUGMENTED = settings(
@@ -147,6 +147,20 @@ def test_augmentation_follows_epoch_and_example_not_batch(index: ExampleIndex) -
         assert not np.array_equal(images[3][one], images[3][two])
 
 
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_augmentation_is_keyed_by_seed_epoch_and_example(index: ExampleIndex, seed: int) -> None:
+    """What a replay of one example needs to know, and no more."""
+    stream = TrainingStream(index, AUGMENTED, 4, seed)
+    for step in (0, 3, 40):  # the second lies across the end of an epoch
+        batch = stream.batch(step)
+        for row in range(4):
+            epoch, example = (step * 4 + row) // 15, int(batch["example_ids"][row])
+            data = (index.root / index.name_of(example)).read_bytes()
+            key = [fold_in(fold_in(seed, STREAM_AUGMENT), epoch), example]
+            image = AUGMENTED.training_image(tf.constant(data), tf.constant(key, tf.int64))
+            np.testing.assert_allclose(batch["images"][row], image, rtol=0, atol=1e-3)
+
+
 # Evaluation
 
 
@@ -231,6 +245,20 @@ def test_index_lists_what_is_there(folder: Path, index: ExampleIndex) -> None:
     assert list(index.labels) == [0] * 5 + [1] * 5 + [2] * 5
     assert index.fingerprint == index_folder(str(folder), "train").fingerprint
     assert index.fingerprint != index_folder(folder, "val").fingerprint
+
+
+def test_index_is_sorted_whatever_the_disk_says(tmp_path: Path) -> None:
+    names = ["z", "b", "a10", "a9", "M", "k", "c", "x", "d"]
+    for split in ("train", "val"):
+        for class_name in names:
+            (tmp_path / split / class_name).mkdir(parents=True)
+            for file in ("9", "10", "b", "a", "B"):
+                (tmp_path / split / class_name / f"{file}.JPEG").write_bytes(b"x")
+    index = index_folder(tmp_path, "train")
+    assert list(index.class_names) == sorted(names)
+    assert list(index.paths) == [
+        f"train/{name}/{file}.JPEG" for name in sorted(names) for file in ("10", "9", "B", "a", "b")
+    ]
 
 
 @pytest.fixture

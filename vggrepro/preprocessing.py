@@ -16,17 +16,30 @@ width) and one random op per image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-# A fast window is wider than the kernel needs by this many source pixels: JPEG
+# A window is wider than the kernel needs by this many source pixels: JPEG
 # decoders interpolate subsampled chroma from neighbours that a window cuts off.
 _WINDOW_MARGIN = 2.0
 _KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
 _CENTRE = np.nextafter(np.float32(0.5), np.float32(0.0))
 _DRAWS = {"side": 1, "place": 2, "flip": 2, "colour": 3}
+
+
+class _Window(NamedTuple):
+    """The source pixels of a crop (first and count, int32 [2]), and where they come to lie.
+
+    Source position x is position x * scale + shift of the crop; float32 [2].
+    """
+
+    first: tf.Tensor
+    count: tf.Tensor
+    scale: tf.Tensor
+    shift: tf.Tensor
 
 
 @dataclass(frozen=True)
@@ -104,49 +117,50 @@ class Preprocessing:
 
     def _crop_of_whole(self, jpeg: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
         pixels = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-        scale, shift = self._geometry(tf.shape(pixels)[:2], side, place)
-        return self._resample(pixels, scale, shift)
+        window = self._window(tf.shape(pixels)[:2], side, place)
+        first, count = (
+            tf.pad(window.first, [[0, 1]]),
+            tf.pad(window.count, [[0, 1]], constant_values=3),
+        )
+        return self._resample(tf.slice(pixels, first, count), window)
 
     def _crop_of_window(self, jpeg: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
-        size = tf.io.extract_jpeg_shape(jpeg)[:2]
-        scale, shift = self._geometry(size, side, place)
-        reach = _KERNEL_RADIUS[self.resize] * tf.maximum(1.0 / scale, 1.0) + _WINDOW_MARGIN
-        first = tf.maximum(tf.floor(-shift / scale - reach), 0.0)
-        end = tf.math.ceil((self.image_size - shift) / scale + reach)
-        count = tf.minimum(end, tf.cast(size, tf.float32)) - first
+        window = self._window(tf.io.extract_jpeg_shape(jpeg)[:2], side, place)
         pixels = tf.io.decode_and_crop_jpeg(
             jpeg,
-            tf.cast(tf.concat([first, count], 0), tf.int32),
+            tf.concat([window.first, window.count], 0),
             channels=3,
             dct_method="INTEGER_ACCURATE",
         )
-        return self._resample(pixels, scale, first * scale + shift)
+        return self._resample(pixels, window)
 
-    def _geometry(
-        self, size: tf.Tensor, side: tf.Tensor, place: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Scale, and minus the crop's top left corner in the rescaled image; float32 [2]."""
+    def _window(self, size: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> _Window:
         size = tf.cast(size, tf.float32)
         rescaled = rescaled_size(size, side)
-        return rescaled / size, tf.math.ceil(place * (self.image_size - 1.0 - rescaled))
+        scale = rescaled / size
+        corner = tf.floor(place * (rescaled - (self.image_size - 1.0)))
+        reach = _KERNEL_RADIUS[self.resize] * tf.maximum(1.0 / scale, 1.0) + _WINDOW_MARGIN
+        first = tf.maximum(tf.floor(corner / scale - reach), 0.0)
+        end = tf.minimum(tf.math.ceil((corner + self.image_size) / scale + reach), size)
+        return _Window(
+            first=tf.cast(first, tf.int32),
+            count=tf.cast(end - first, tf.int32),
+            scale=scale,
+            shift=first * scale - corner,
+        )
 
-    def _resample(self, pixels: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    def _resample(self, pixels: tf.Tensor, window: _Window) -> tf.Tensor:
         """out(y) = pixels((y - shift) / scale) on the crop's grid, antialiased.
 
-        Args:
-          pixels: uint8 [h, w, 3].
-          scale, shift: float32 [2], rows and columns.
         Returns:
           float32 [image_size (columns), 3 * image_size (channels, rows)]: transposed.
         """
-        (scale_y, scale_x), (shift_y, shift_x) = tf.unstack(scale), tf.unstack(shift)
-        height, width = tf.unstack(tf.shape(pixels)[:2])
-        side = self.image_size
-        rows = self._resample_lines(tf.reshape(pixels, [1, 1, height, 3 * width]), scale_y, shift_y)
-        columns = tf.reshape(
-            tf.transpose(tf.reshape(rows, [side, 3 * width])), [1, 1, width, 3 * side]
-        )
-        return tf.reshape(self._resample_lines(columns, scale_x, shift_x), [side, 3 * side])
+        (scale_y, scale_x), (shift_y, shift_x) = map(tf.unstack, (window.scale, window.shift))
+        height, width = tf.unstack(window.count)
+        rows = self._resample_lines(tf.reshape(pixels, [1, 1, height, -1]), scale_y, shift_y)
+        columns = tf.transpose(tf.reshape(rows, [self.image_size, -1]))
+        lines = self._resample_lines(tf.reshape(columns, [1, 1, width, -1]), scale_x, shift_x)
+        return tf.reshape(lines, [self.image_size, 3 * self.image_size])
 
     def _resample_lines(self, lines: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
         """Resamples [1, 1, n, line] along n, to float32 [1, 1, image_size, line].
