@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes, a file of tests in one of them, so that its runs are made once.
+PARALLEL := -n 2 --dist loadfile
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .PHONY: demo test test-all lint clean
@@ -9,11 +11,11 @@ demo: $(VENV)/.installed-cpu
 	$(BIN)/vggrepro train
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Every test, the slow ones too, with ten times the random examples.
 test-all: $(VENV)/.installed-test
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow or not slow"
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
