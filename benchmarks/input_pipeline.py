@@ -30,8 +30,9 @@ import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
-from vggrepro.dataset import ExampleIndex, TrainingStream, index_folder
+from vggrepro.dataset import TrainingStream
 from vggrepro.environment import describe_environment
+from vggrepro.image_folder import ExampleIndex, index_folder
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.synthetic import ensure_synthetic
 

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from jpeg_samples import IMAGENET_COLOUR, jpeg, pixels, settings
 
 from diagnostics.errors import InputError
-from vggrepro.dataset import (
-    EvaluationStream,
-    ExampleIndex,
-    TrainingStream,
-    find_bad_example,
-    index_folder,
-    shuffled,
-)
+from vggrepro.dataset import EvaluationStream, TrainingStream, shuffled
+from vggrepro.image_folder import ExampleIndex, find_bad_example, index_folder
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
 from vggrepro.synthetic import ensure_synthetic
 

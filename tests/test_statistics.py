@@ -10,7 +10,7 @@ import tensorflow as tf
 from jpeg_samples import jpeg, pixels
 
 from diagnostics.errors import InputError
-from vggrepro.dataset import ExampleIndex, index_folder
+from vggrepro.image_folder import ExampleIndex, index_folder
 from vggrepro.statistics import ColourStatistics, training_statistics
 
 

@@ -11,7 +11,7 @@ from jpeg_samples import settings
 
 from diagnostics.errors import InputError
 from vggrepro import synthetic
-from vggrepro.dataset import index_folder
+from vggrepro.image_folder import index_folder
 from vggrepro.synthetic import MARKER, PATTERNS, ensure_synthetic, synthetic_jpeg
 
 SMALL = {"classes": 3, "train_per_class": 2, "val_per_class": 1}

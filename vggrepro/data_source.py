@@ -12,14 +12,8 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError, ToolError
 from vggrepro.config import TrainConfig
-from vggrepro.dataset import (
-    Batch,
-    EvaluationStream,
-    ExampleIndex,
-    TrainingStream,
-    find_bad_example,
-    index_folder,
-)
+from vggrepro.dataset import Batch, EvaluationStream, TrainingStream
+from vggrepro.image_folder import ExampleIndex, find_bad_example, index_folder
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.statistics import ColourStatistics, training_statistics
 

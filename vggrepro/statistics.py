@@ -20,7 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
-from vggrepro.dataset import ExampleIndex, example_files, find_bad_example
+from vggrepro.dataset import example_files
+from vggrepro.image_folder import ExampleIndex, find_bad_example
 
 Matrix = tuple[tuple[float, float, float], ...]
 
