@@ -66,11 +66,14 @@ def locate(
 
 
 def trace_healthy(run: ReplayableRun, program: Program, batch: Batch, step: int) -> list[OpRecord]:
-    """Every op of a step, with its layer, phase and largest absolute value.
+    """Every op of a healthy step, with its layer, phase and largest absolute value.
 
-    `program` must hold the state before the step, and keeps it.
+    `program` must hold the state before the step, and keeps it. What is not finite
+    in a healthy step is used by nothing (with op determinism, TensorFlow's
+    cross-entropy makes NaN for labels out of range), and is left out.
     """
-    return _trace(run, program, batch, step).records
+    records = _trace(run, program, batch, step).records
+    return [record for record in records if math.isfinite(record.absmax)]
 
 
 def _trace(run: ReplayableRun, program: Program, batch: Batch, step: int) -> OpTrace:

@@ -295,6 +295,11 @@ def test_labels_and_masks_that_the_model_deals_with_are_no_incident(tmp_path):
     assert guarded.guard.incident is None and guarded.guard.step == 6
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="the guard's probe is given PerReplica data and cannot trace it: NumericGuard "
+    "does not support MirroredStrategy yet",
+)
 def test_mirrored_strategy_in_a_process_with_two_cpus():
     """Virtual devices must be made before TensorFlow starts."""
     place = f"{__file__}::test_both_replicas_of_a_mirrored_strategy"
