@@ -139,6 +139,15 @@ def test_poisoned_examples_are_found_by_their_own_rows(rows):
     assert found.examples == ids(batch, *rows)
 
 
+def test_two_examples_that_are_bad_in_different_ways_are_both_found():
+    config = ToyConfig(sigma=3.0, loss="division_by_variance")
+    batch = poisoned_batch(config, {6: 1e38})
+    batch["inputs"][3] = 2.0  # no variance: the loss divides by 0
+    found = locate_with(ToyRun(config), ToyProgram(config), initial_state(config), batch, 0)
+    assert (found.stage, found.layer) == ("forward", "dense1")
+    assert found.examples == ids(batch, 3, 6)
+
+
 @pytest.mark.parametrize("rows", [{3: 1e22}, {1: 1e22, 6: 1e22}])
 def test_poisoned_examples_are_found_by_leaving_them_out(rows, monkeypatch):
     # Products over the batch have no rows of their own.
@@ -173,6 +182,22 @@ def test_a_bright_example_under_exploded_weights_is_innocent():
     found = locate_with(ToyRun(config), ToyProgram(config), state, batch, 0)
     assert (found.stage, found.layer, found.kind) == ("forward", "dense1", "inf")
     assert found.count < 17 and found.examples == ()
+
+
+def test_an_ordinary_example_that_alone_meets_an_exploded_weight_is_innocent(monkeypatch):
+    config = ToyConfig()
+    batch = toy_batch(config, 0)
+    batch["inputs"][:, 1] = 0.0
+    neighbour = {name: values.copy() for name, values in batch.items()}
+    batch["inputs"][2, 1] = 4.0
+    batch["inputs"][5] *= 30.0  # unusual, and not at fault
+    state = initial_state(config)
+    state["params/dense1/kernel"][1, 0] = 3e38
+    monkeypatch.setattr(ToyRun, "batch", lambda self, step: neighbour)
+    program = Counting(config)
+    found = locate_with(ToyRun(config), program, state, batch, 0)
+    assert (found.stage, found.layer, found.count) == ("forward", "dense1", 1)
+    assert found.examples == () and program.runs > 1
 
 
 def test_an_innocent_batch_after_a_poisoned_one_is_innocent():
