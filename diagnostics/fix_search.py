@@ -77,34 +77,31 @@ def search_fixes(
         notes.append(f"the budget ended before: {', '.join(matrix.dropped)}")
     control = results[0] if results and results[0].kind == "none" else None
     if control is not None:
-        unproven, note = _judged_control(control, plan, failing_step)
-        notes += [note] if note else []
-        if unproven:
-            return Fixes(cause, tuple(results), None, tuple(notes))
+        notes += _on_control(control, plan, failing_step)
     recommendation = _confirmed(run, matrix, cause, plan, failing_step)
     marked = mark_minimal(matrix.results, matrix.changes)
     return Fixes(cause, tuple(marked), recommendation, tuple(notes))
 
 
-def _judged_control(control: Counterfactual, plan: Plan, failing_step: int) -> tuple[bool, str]:
-    """(whether no replay can prove a fix, what to say of it)."""
+def _on_control(control: Counterfactual, plan: Plan, failing_step: int) -> list[str]:
+    """What must be said of the control, if it did not simply fail where the run did."""
     if control.survived:
-        return True, (
+        return [
             f"the control survived from step {plan.origin} on: the failure does not "
             "follow from these states alone, so no replay proves a fix"
-        )
+        ]
     if control.note.startswith(CUT_SHORT):
-        return True, (
+        return [
             f"the budget ended before the control came to step {failing_step} again: "
             "no replay proves a fix (a longer --budget-seconds may)"
-        )
+        ]
     came_to = control.first_step + control.steps
     if came_to < plan.end and came_to != failing_step:
-        return False, (
+        return [
             f"the control failed at step {came_to}, the recorded run at step {failing_step}: "
             "the replays are like the run, not the same"
-        )
-    return False, ""
+        ]
+    return []
 
 
 def _confirmed(

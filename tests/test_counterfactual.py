@@ -184,6 +184,11 @@ def test_a_fix_that_dies_on_its_way_from_step_0_makes_way_for_the_next():
     assert [one.kind for one in minimal] == ["learning_rate"]
 
 
+def test_a_replay_that_ends_before_the_failing_step_has_not_survived():
+    results = by_label(explored(ScriptedRun(rule_of(0.1)), [rate(0.1)], Plan(0, 5)).results)
+    assert not results[CONTROL.label].survived and not results["learning rate 0.1"].survived
+
+
 def test_a_replay_on_the_captured_batch_is_never_verified():
     run = ScriptedRun(rule_of(0.1))
     run.gone = {0, 1}
