@@ -251,6 +251,11 @@ def most_telling(tried: Sequence[Counterfactual], limit: int) -> list[Counterfac
 
 def no_advice(diagnosis: Diagnosis) -> str:
     """Why no command is recommended."""
+    survivors = [one for one in diagnosis.counterfactuals if one.survived]
+    if any(one.kind == "none" for one in survivors):
+        return "Nothing was changed and the replay survived, so no command is recommended."
+    if survivors:
+        return f"It survives {survivors[0].change}, but no option of the program does that."
     if diagnosis.counterfactuals:
         return "Nothing that was tried is a fix, so no command is recommended."
     return "No change was tried, so no command is recommended."

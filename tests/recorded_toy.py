@@ -59,6 +59,7 @@ ALTERABLE = (
     "said",
     "incident_step",
     "recorded_failures",
+    "command",
     "name",
 )
 

@@ -210,6 +210,16 @@ def test_the_screen_says_where_the_reports_are(toy, capsys, monkeypatch):
     assert (reports / "report.html").is_file() and (reports / "tensorboard").is_dir()
 
 
+def test_a_fix_that_no_option_makes_is_told_without_a_command(toy, capsys, monkeypatch):
+    run, directory = toy
+    run.kinds = ("learning_rate",)
+    monkeypatch.setattr(run, "command", lambda change: "")
+    assert diagnosed(directory) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "It survives learning rate" in screen and "no option of the program" in screen
+    assert "verified" not in screen
+
+
 def test_two_diagnoses_print_the_same_but_for_the_seconds(toy, capsys, without_dump):
     values = []
     for _ in range(2):

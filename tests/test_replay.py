@@ -210,7 +210,9 @@ def test_a_recording_that_tells_is_taken_as_it_is(failed):
 
 
 def test_later_steps_are_no_evidence(failed):
-    assert telemetry_until(failed, 5).telemetry.steps.tolist() == list(range(6))
+    heard = []
+    found = telemetry_until(failed, 5, lambda step, _: heard.append(step))
+    assert found.telemetry.steps.tolist() == list(range(6)) and heard == []
 
 
 @pytest.mark.parametrize("kept", [[], [0], "the failing step", "the last three"])

@@ -43,7 +43,7 @@ def run_dir(data, tmp_path_factory):
     """A run with validations every second step that fails some steps after a checkpoint."""
     path = tmp_path_factory.mktemp("runs") / "failed"
     config = tiny_config(data, lr=0.3, warmup_steps=0, steps=20, eval_every=2, plateau_patience=1)
-    with pytest.raises(StoppedByGuard):
+    with pytest.raises(StoppedByGuard, match=r"incidents/step-\d{8} \(\d+\.\d MB\)"):
         trainer.train(config, path)
     return path
 
@@ -317,11 +317,12 @@ def test_another_version_recorded_is_told(copy):
     environment = manifest["environment"]
     wheel = next(name for name in environment["packages"] if name.startswith("tensorflow"))
     environment["packages"][wheel] = "2.20.0"
-    environment["hardware"]["cpu"] = "abacus"
+    environment["hardware"].update(cpu="abacus", devices=["GPU NVIDIA L4"])
     rewrite(copy / "manifest.json", environment=environment)
     told = VggRun(copy).conditions()
     assert any(text.startswith(f"{wheel}: 2.20.0 when recorded") for text in told)
     assert any(text.startswith("cpu: abacus when recorded") for text in told)
+    assert any(text.startswith("device: GPU NVIDIA L4 when recorded, CPU") for text in told)
 
 
 def test_other_initial_weights_out_of_the_seed_are_told(copy):

@@ -45,7 +45,7 @@ class VggRun:
         self._directory = RunDirectory.open(run_dir)
         self.name = str(run_dir)
         self.config = TrainConfig.from_dict(self._directory.config())
-        accelerator.prepare(self.config)
+        self._device = accelerator.prepare(self.config)
         self._manifest = self._directory.manifest()
         self.network = _network(self.config)
         incidents = self._directory.incidents()
@@ -121,11 +121,17 @@ class VggRun:
 
     def conditions(self) -> Sequence[str]:
         found = list(differences(self.environment(), describe_environment()))
-        found += self._data_conditions()
+        found += self._device_condition() + self._data_conditions()
         recorded = self._manifest.get("initial_weights_sha256")
         if recorded is not None and recorded != self._initial_weights_hash():
             found.append("the initial weights drawn from the seed are not the recorded ones")
         return [*found, *dict.fromkeys(self._directory.warnings)]
+
+    def _device_condition(self) -> list[str]:
+        then = self.environment().get("hardware", {}).get("devices") or [self._device]
+        # Of processors the environment tells more.
+        kinds = {device.partition(",")[0] for device in (*then, self._device)}
+        return [f"device: {then[0]} when recorded, {self._device} now"] if len(kinds) > 1 else []
 
     def _data_conditions(self) -> list[str]:
         """What is not as it was when the run read its data."""
