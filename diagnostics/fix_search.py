@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from diagnostics.counterfactual import CUT_SHORT, MARGIN, Matrix, Plan
+from diagnostics.counterfactual import CONTROL, CUT_SHORT, MARGIN, Matrix, Plan
 from diagnostics.diagnosis import Cause, Counterfactual, Onset, Recommendation
 from diagnostics.protocol import Change, ReplayableRun
 from diagnostics.replay import nearest_state
@@ -78,8 +78,15 @@ def search_fixes(
     control = results[0] if results and results[0].kind == "none" else None
     if control is not None:
         notes += _on_control(control, plan, failing_step)
-    recommendation = _confirmed(run, matrix, cause, plan, failing_step)
-    marked = mark_minimal(matrix.results, matrix.changes)
+    recommendation = _confirmed(run, matrix, cause, failing_step)
+    last = matrix.results[-1] if matrix.results else None
+    if last is not None and last.kind == "none" and last is not control and last.survived:
+        notes += _on_control(last, _whole(failing_step), failing_step)
+        cause = judge_with(matrix.results)
+    smallest = _survivors(run, cause, matrix.results, matrix.changes)[:1]
+    marked = [
+        dataclasses.replace(one, minimal=True) if one in smallest else one for one in matrix.results
+    ]
     return Fixes(cause, tuple(marked), recommendation, tuple(notes))
 
 
@@ -105,36 +112,42 @@ def _on_control(control: Counterfactual, plan: Plan, failing_step: int) -> list[
 
 
 def _confirmed(
-    run: ReplayableRun, matrix: Matrix, cause: Cause, plan: Plan, failing_step: int
+    run: ReplayableRun, matrix: Matrix, cause: Cause, failing_step: int
 ) -> Recommendation | None:
-    """The best fix; replayed from step 0, where that was not done and the budget allows it.
+    """The best fix, with what its proof lacks made up for where the budget allows it.
 
-    One that dies there makes way for the next best.
+    It lacks its own replay from step 0, or that of the control: where the state was
+    damaged from outside, every change survives from there, and so does none at all. A
+    fix that dies on its way makes way for the next best.
     """
-    whole = Plan(0, failing_step + 1 + MARGIN)
+    whole = _whole(failing_step)
     while True:
         best = best_fix(run, cause, matrix.results, matrix.changes)
-        if best is None:
-            return None
-        proven = best.recommendation.verified or best.result.first_step == 0
-        if proven or not matrix.affords(whole.end):
+        if best is None or best.recommendation.verified:
+            return None if best is None else best.recommendation
+        lacking = best.change if best.result.first_step > 0 else CONTROL
+        useless = lacking is CONTROL and (best.result.note or _control_died(matrix.results))
+        if useless or not matrix.affords(whole.end):
             return best.recommendation
-        matrix.attempt(best.change, whole)
+        replayed = matrix.attempt(lacking, whole)
+        if lacking is CONTROL and replayed.survived:
+            return None
+        if lacking is CONTROL and replayed.note.startswith(CUT_SHORT):
+            return best.recommendation
 
 
-def mark_minimal(
-    results: Sequence[Counterfactual], changes: Mapping[str, Change]
-) -> list[Counterfactual]:
-    """The results with the smallest surviving change marked; of learning rates the largest."""
-    survivors = [one for one in _final(results) if one.survived and one.kind != "none"]
-    if not survivors:
-        return list(results)
+def _whole(failing_step: int) -> Plan:
+    return Plan(0, failing_step + 1 + MARGIN)
 
-    def order(one: Counterfactual) -> tuple[bool, int, float]:
-        return bool(one.note), changes[one.change].rank, -_magnitude(one)
 
-    best = min(survivors, key=order)
-    return [dataclasses.replace(one, minimal=True) if one is best else one for one in results]
+def _control_died(results: Sequence[Counterfactual]) -> bool:
+    """Whether without any change the run fails from step 0 on too.
+
+    A run that must learn has no control: its recorded steps are it.
+    """
+    controls = [one for one in results if one.kind == "none"]
+    final = [one for one in _final(controls) if one.first_step == 0 and not one.survived]
+    return not controls or bool(final)
 
 
 class Fix(NamedTuple):
@@ -151,21 +164,12 @@ def best_fix(
     results: Sequence[Counterfactual],
     changes: Mapping[str, Change],
 ) -> Fix | None:
-    """The surviving change that answers the cause best, as a command; None if none survived.
+    """The best surviving change that a command makes; None if there is none.
 
     `verified` only if this very change ran from step 0 past the failing step, on the
     run's own batches.
     """
-    by_kind = ANSWERS.get(cause.kind, ())
-    chance = run.facts.chance_loss
-
-    def order(one: Counterfactual) -> tuple[int, bool, bool, int, float]:
-        place = by_kind.index(one.kind) if one.kind in by_kind else len(by_kind)
-        barely = chance is not None and (one.loss or 0.0) > _BARELY_ALIVE * chance
-        return place, bool(one.note), barely, changes[one.change].rank, -_magnitude(one)
-
-    survivors = [one for one in _final(results) if one.survived and one.kind != "none"]
-    for one in sorted(survivors, key=order):
+    for one in _survivors(run, cause, results, changes):
         change = changes[one.change]
         command = run.command(change)
         if command:
@@ -174,19 +178,34 @@ def best_fix(
     return None
 
 
+def _survivors(
+    run: ReplayableRun,
+    cause: Cause,
+    results: Sequence[Counterfactual],
+    changes: Mapping[str, Change],
+) -> list[Counterfactual]:
+    """Best first: those that answer the cause, then the smallest; of rates the largest.
+
+    The last word on a change is its latest replay that was not cut short: one from
+    further back overrules one before it.
+    """
+    by_kind = ANSWERS.get(cause.kind, ())
+    chance = run.facts.chance_loss
+
+    def order(one: Counterfactual) -> tuple[int, bool, bool, int, float]:
+        place = by_kind.index(one.kind) if one.kind in by_kind else len(by_kind)
+        barely = chance is not None and (one.loss or 0.0) > _BARELY_ALIVE * chance
+        value = one.value if isinstance(one.value, float) else 0.0
+        return place, bool(one.note), barely, changes[one.change].rank, -value
+
+    last = {one.change: one for one in results if not one.note.startswith(CUT_SHORT)}
+    alive = [one for one in last.values() if one.survived and one.kind != "none"]
+    return sorted(alive, key=order)
+
+
 def _tested(one: Counterfactual) -> str:
     last = one.first_step + one.steps - 1
     caveat = f" ({one.note})" if one.note else ""
     return (
         f"{one.change}: replayed steps {one.first_step} to {last}, last loss {one.loss:.4g}{caveat}"
     )
-
-
-def _final(results: Sequence[Counterfactual]) -> list[Counterfactual]:
-    """The last word on each change: a replay from further back overrules one before it."""
-    last = {one.change: one for one in results if not one.note.startswith(CUT_SHORT)}
-    return list(last.values())
-
-
-def _magnitude(result: Counterfactual) -> float:
-    return result.value if isinstance(result.value, float) else 0.0

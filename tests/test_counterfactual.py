@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_run import FACTS, Clock, ScriptedRun
+from scripted_run import FACTS, Clock, ScriptedProgram, ScriptedRun
 
 from diagnostics.counterfactual import CONTROL, Matrix, Plan
 from diagnostics.diagnosis import Cause, Onset
@@ -117,15 +117,19 @@ def test_no_smaller_rate_is_tried_where_another_change_survived():
     assert [one.kind for one in results] == ["none", "clip_norm", "learning_rate"]
 
 
-def test_the_smallest_surviving_change_is_marked_and_of_rates_the_largest():
+def minimal(fixes):
+    return [(one.kind, one.value) for one in fixes.results if one.minimal]
+
+
+def test_the_smallest_change_that_answers_the_cause_is_marked_and_of_rates_the_largest():
     run = ScriptedRun(rule_of(0.5, others=("clip_norm",)))
-    fixes = searched(run, [rate(0.1, rank=3), clip(1.0, rank=2)])
-    assert [one.change for one in fixes.results if one.minimal] == ["clipped to 1"]
-    fixes = searched(run, [rate(0.1, rank=1), clip(1.0, rank=2)])
-    minimal = [one for one in fixes.results if one.minimal]
-    assert [one.kind for one in minimal] == ["learning_rate"]
-    alive = [one for one in fixes.results if one.survived and one.kind == "learning_rate"]
-    assert minimal[0].value == max(one.value for one in alive) > 0.1
+    changes = [rate(0.1), clip(1.0)]
+    fixes = searched(run, changes, "learning_rate")
+    alive = [one.value for one in fixes.results if one.survived and one.kind == "learning_rate"]
+    assert minimal(fixes) == [("learning_rate", max(alive))] and max(alive) > 0.1
+    assert f"={max(alive)}" in fixes.recommendation.command
+    # A cause that neither answers: the smaller change.
+    assert minimal(searched(run, changes, "hardware")) == [("clip_norm", 1.0)]
 
 
 def test_the_recommendation_answers_the_cause_before_it_is_small():
@@ -142,7 +146,8 @@ def test_a_change_without_a_command_is_not_recommended():
     run = ScriptedRun(rule_of(0.1, others=("without_examples",)))
     run.without_command = {"without_examples"}
     out = Change("without_examples", (1,), "without example 1", rank=0)
-    assert searched(run, [out], "data").recommendation is None
+    alone = searched(run, [out], "data")
+    assert alone.recommendation is None and minimal(alone) == [("without_examples", (1,))]
     assert "--learning_rate" in searched(run, [out, rate(0.1)], "data").recommendation.command
 
 
@@ -161,13 +166,55 @@ def test_verified_needs_the_whole_way_from_step_0():
     fixes = searched(run, [rate(0.1)])
     assert fixes.recommendation.verified
     assert fixes.recommendation.sentence.startswith("learning rate 0.")
-    # From a later state it is replayed once more from step 0 ...
+    # From a later state it is replayed once more from step 0, and the control too ...
     later = searched(run, [rate(0.1)], plan=Plan(4, 10))
     assert later.recommendation.verified
-    assert later.results[-1].first_step == 0 and later.results[-1].survived
+    fix, control = later.results[-2:]
+    assert (fix.kind, fix.first_step, fix.survived) == ("learning_rate", 0, True)
+    assert (control.kind, control.first_step, control.survived) == ("none", 0, False)
     # ... unless there is no time for that.
     clock = Clock()
     late = searched(run, [rate(0.1)], plan=Plan(4, 10), step_seconds=20.0, clock=clock)
+    assert late.recommendation is not None and not late.recommendation.verified
+
+
+class DamagedLater(ScriptedRun):
+    """Its later states were damaged from outside: what begins with one of them dies."""
+
+    def program(self, change=None):
+        run = self
+
+        class Program(ScriptedProgram):
+            def load(self, state):
+                super().load(state)
+                damaged = self._step > 0
+                run.rule = lambda kind, value, step: None if damaged and step == FAILING else 0.9
+
+        return Program(self, change)
+
+
+def test_what_survives_from_step_0_is_no_fix_where_the_control_survives_too():
+    run = DamagedLater(lambda kind, value, step: 0.9, states=(0, 4))
+    init = Change("init", "small", "init small", from_start=True, rank=0)
+    fixes = searched(run, [init, rate(0.1)], "weights", plan=Plan(4, 10))
+    assert by_label(fixes.results)["init small"].survived
+    last = fixes.results[-1]
+    assert (last.kind, last.first_step, last.survived) == ("none", 0, True)
+    assert fixes.recommendation is None
+    assert any("the control survived from step 0 on" in note for note in fixes.notes)
+
+
+def test_without_time_for_the_control_nothing_is_verified():
+    run = ScriptedRun(rule_of(0.0, others=("init",)), states=(0, 4))
+    init = Change("init", "small", "init small", from_start=True, rank=0)
+    whole = searched(run, [init], "init", plan=Plan(4, 10))
+    assert whole.recommendation.verified
+    assert [(one.kind, one.first_step) for one in whole.results] == [
+        ("none", 4),
+        ("init", 0),
+        ("none", 0),
+    ]
+    late = searched(run, [init], "init", plan=Plan(4, 10), step_seconds=20.0, clock=Clock())
     assert late.recommendation is not None and not late.recommendation.verified
 
 
@@ -180,8 +227,7 @@ def test_a_fix_that_dies_on_its_way_from_step_0_makes_way_for_the_next():
     run = ScriptedRun(rule, states=(0, 4))
     fixes = searched(run, [rate(0.1), clip(1.0)], "hardware", plan=Plan(4, 10))
     assert fixes.recommendation.verified and "--learning_rate" in fixes.recommendation.command
-    minimal = [one for one in fixes.results if one.minimal]
-    assert [one.kind for one in minimal] == ["learning_rate"]
+    assert [kind for kind, _ in minimal(fixes)] == ["learning_rate"]
 
 
 def test_a_replay_that_ends_before_the_failing_step_has_not_survived():
