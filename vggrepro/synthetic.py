@@ -27,7 +27,7 @@ from vggrepro.rng import STREAM_DATA, fold_in
 MARKER = "synthetic.json"
 _VERSION = 1
 _SIDES = (40, 130)  # pixels
-_PERIODS = (0.2, 0.4)  # of the shorter side
+_PERIODS = (0.25, 0.4)  # of the shorter side
 
 Field = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
@@ -138,7 +138,7 @@ def synthetic_jpeg(pattern: str, random: np.random.Generator) -> bytes:
     mask = _pattern_mask(pattern, int(height), int(width), random)
     colours = _two_colours(random)
     image = np.where(mask[..., None], colours[0], colours[1])
-    image = image + random.uniform(2.0, 14.0) * random.standard_normal(image.shape)
+    image = image + random.uniform(1.0, 8.0) * random.standard_normal(image.shape)
     pixels = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     grey = bool(random.random() < 0.05)
     encoded = tf.io.encode_jpeg(
@@ -157,7 +157,7 @@ def _pattern_mask(pattern: str, height: int, width: int, random: np.random.Gener
     foreground, hence mean and spread of the colours, tells nothing of the class.
     """
     period = random.uniform(*_PERIODS) * min(height, width)
-    angle = math.radians(random.uniform(-8.0, 8.0))
+    angle = math.radians(random.uniform(-5.0, 5.0))
     y, x = np.mgrid[0:height, 0:width] / period
     x, y = (
         x - random.uniform(0.2, 0.8) * width / period,
@@ -174,7 +174,7 @@ def _two_colours(random: np.random.Generator) -> np.ndarray:
     while True:
         colours = random.uniform(10.0, 245.0, size=(2, 3))
         luma = colours @ (0.299, 0.587, 0.114)
-        if abs(luma[0] - luma[1]) > 40.0:  # else chroma subsampling or grey would hide it
+        if abs(luma[0] - luma[1]) > 60.0:  # else chroma subsampling or grey would hide it
             return colours
 
 
