@@ -146,8 +146,8 @@ def _control_died(results: Sequence[Counterfactual]) -> bool:
     A run that must learn has no control: its recorded steps are it.
     """
     controls = [one for one in results if one.kind == "none"]
-    final = [one for one in _final(controls) if one.first_step == 0 and not one.survived]
-    return not controls or bool(final)
+    whole = [one for one in controls if one.first_step == 0 and CUT_SHORT not in one.note]
+    return not controls or (bool(whole) and not whole[-1].survived)
 
 
 class Fix(NamedTuple):
@@ -167,13 +167,13 @@ def best_fix(
     """The best surviving change that a command makes; None if there is none.
 
     `verified` only if this very change ran from step 0 past the failing step, on the
-    run's own batches.
+    run's own batches, and without it the run fails from there too.
     """
     for one in _survivors(run, cause, results, changes):
         change = changes[one.change]
         command = run.command(change)
         if command:
-            verified = one.first_step == 0 and not one.note
+            verified = one.first_step == 0 and not one.note and _control_died(results)
             return Fix(change, one, Recommendation(command, verified, _tested(one)))
     return None
 

@@ -34,6 +34,9 @@ PLACE_KEYS = {"stage", "layer", "op", "source", "kind", "count", "size", "exampl
 REPLAY_KEYS = {"change", "survived", "steps", "loss", "minimal"}
 
 
+AMPLE = 1e5  # seconds: a busy machine must not cut a replay
+
+
 @pytest.fixture(scope="module")
 def trained():
     return exploding_toy()
@@ -48,7 +51,11 @@ def failed(trained):
 def found(trained):
     """Its diagnosis, and what the progress display was told."""
     heard = []
-    diagnosis = diagnose(as_trained(trained), progress=lambda *told: heard.append(told))
+    diagnosis = diagnose(
+        as_trained(trained),
+        budget_seconds=AMPLE,
+        progress=lambda *told: heard.append(told),
+    )
     return diagnosis, heard
 
 
@@ -119,7 +126,9 @@ def test_progress_tells_every_stage_and_every_replay(found):
 
 def test_two_diagnoses_differ_in_seconds_only(failed):
     failed.kinds = ("clip_norm",)
-    first, second = (json.loads(json_text(diagnose(failed).to_dict())) for _ in range(2))
+    first, second = (
+        json.loads(json_text(diagnose(failed, budget_seconds=AMPLE).to_dict())) for _ in range(2)
+    )
     assert first.pop("seconds").keys() == second.pop("seconds").keys()
     assert first == second
 
@@ -147,7 +156,7 @@ def test_a_transient_failure_is_not_reproduced_and_blamed_on_the_hardware(failed
     failures = failed.recorded_failures()
     failed.stopped, failed.recorded_failures = 3, lambda: failures
     failed.said = ["keras: 3.0 when recorded, 3.15 now"] if differs else []
-    diagnosis = diagnose(failed)
+    diagnosis = diagnose(failed, budget_seconds=AMPLE)
     assert diagnosis.verdict == "not_reproduced"
     assert diagnosis.cause.kind == "hardware"
     assert diagnosis.first_nonfinite is None and diagnosis.recommendation is None
@@ -161,7 +170,7 @@ def test_a_transient_failure_is_not_reproduced_and_blamed_on_the_hardware(failed
 def test_weights_overwritten_from_outside_have_no_proven_fix():
     config = ToyConfig(overwritten=(5, "params/dense3/kernel"))
     run = RecordedToy(config, checkpoint_every=3).train(20)
-    diagnosis = diagnose(run)
+    diagnosis = diagnose(run, budget_seconds=AMPLE)
     assert diagnosis.verdict == "reproduced" and diagnosis.step == 5
     assert diagnosis.first_nonfinite.stage == "weights"
     assert diagnosis.cause.kind == "weights"
@@ -175,7 +184,7 @@ def test_weights_overwritten_from_outside_have_no_proven_fix():
 def test_without_data_the_captured_batch_locates_but_verifies_nothing(failed):
     failed.batches_gone = [step for step in range(99) if step != failed.stopped_at]
     failed.kinds = ("clip_norm",)
-    diagnosis = diagnose(failed)
+    diagnosis = diagnose(failed, budget_seconds=AMPLE)
     assert diagnosis.verdict == "reproduced" and diagnosis.first_nonfinite is not None
     tried = diagnosis.counterfactuals
     assert tried and all("captured batch only" in one.note for one in tried)
@@ -240,7 +249,7 @@ def test_a_healthy_run_has_nothing_to_diagnose():
 def test_a_poisoned_example_is_named_and_left_out():
     run = RecordedToy(ToyConfig(poisoned={3: "nan"}, seed=2)).train(20)
     run.kinds = ("without_examples",)
-    diagnosis = diagnose(run)
+    diagnosis = diagnose(run, budget_seconds=AMPLE)
     assert diagnosis.first_nonfinite.stage == "data"
     assert diagnosis.first_nonfinite.examples == (3,)
     assert diagnosis.first_nonfinite.example_names == ("example-03",)
@@ -254,7 +263,7 @@ def test_a_poisoned_example_is_named_and_left_out():
 def test_a_fault_that_no_change_mends_has_no_recommendation():
     run = RecordedToy(ToyConfig(fault=Fault("forward", "dense3", step=4))).train(9)
     run.kinds = ("clip_norm",)
-    diagnosis = diagnose(run)
+    diagnosis = diagnose(run, budget_seconds=AMPLE)
     assert diagnosis.first_nonfinite.layer == "dense3"
     assert diagnosis.recommendation is None
     assert not any(one.minimal or one.survived for one in diagnosis.counterfactuals)
@@ -269,7 +278,7 @@ def diverged():
 
 def test_a_finite_run_that_ran_away_is_diverged_and_a_fix_outlasts_it(diverged):
     diverged.kinds = ("learning_rate",)
-    diagnosis = diagnose(diverged)
+    diagnosis = diagnose(diverged, budget_seconds=AMPLE)
     assert diagnosis.verdict == "diverged" and diagnosis.first_nonfinite is None
     assert diagnosis.step == 23
     control = diagnosis.counterfactuals[0]
@@ -280,7 +289,7 @@ def test_a_finite_run_that_ran_away_is_diverged_and_a_fix_outlasts_it(diverged):
 
 def test_finite_trouble_without_data_is_judged_from_the_recording(diverged):
     diverged.batches_gone = range(99)
-    diagnosis = diagnose(diverged)
+    diagnosis = diagnose(diverged, budget_seconds=AMPLE)
     assert diagnosis.verdict == "diverged" and diagnosis.counterfactuals == ()
     assert "without the data no change can be replayed" in diagnosis.notes
 
@@ -288,7 +297,7 @@ def test_finite_trouble_without_data_is_judged_from_the_recording(diverged):
 def test_a_stalled_run_gets_a_tested_fix():
     run = RecordedToy(ToyConfig(sigma=1e-4)).train(60)
     run.kinds = ("init",)
-    diagnosis = diagnose(run)
+    diagnosis = diagnose(run, budget_seconds=AMPLE)
     assert (diagnosis.verdict, diagnosis.cause.kind) == ("stalled", "init")
     assert diagnosis.recommendation.verified
     assert diagnosis.counterfactuals[0].change == "He's initialiser"
@@ -318,7 +327,7 @@ def test_vgg_with_an_initialiser_that_explodes(wide_start, monkeypatch):
     monkeypatch.setattr(
         run, "changes", lambda *asked: [one for one in offered(*asked) if one.kind in kinds]
     )
-    diagnosis = diagnose(run)
+    diagnosis = diagnose(run, budget_seconds=AMPLE)
     assert diagnosis.verdict == "reproduced"
     assert diagnosis.cause.kind == "init"
     assert diagnosis.recommendation.verified

@@ -26,6 +26,9 @@ from vggrepro.replay_adapter import VggRun
 from vggrepro.replay_progress import ReplayProgress
 from vggrepro.run_directory import RunDirectory
 
+# Seconds: a busy machine must not cut a replay.
+AMPLE = ("--budget-seconds", "100000")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -131,7 +134,7 @@ def whole(failed_run, tmp_path_factory):
     before = hashes(failed_run)
     out = tmp_path_factory.mktemp("out") / "stdout"
     with standard_output(out):
-        code = diagnosed(failed_run, "--json", "--budget-seconds", "300")
+        code = diagnosed(failed_run, "--json", *AMPLE)
     return code, one_json_object(out.read_text()), before, hashes(failed_run)
 
 
@@ -214,7 +217,7 @@ def test_a_fix_that_no_option_makes_is_told_without_a_command(toy, capsys, monke
     run, directory = toy
     run.kinds = ("learning_rate",)
     monkeypatch.setattr(run, "command", lambda change: "")
-    assert diagnosed(directory) == 0
+    assert diagnosed(directory, *AMPLE) == 0
     screen = " ".join(capsys.readouterr().out.split())
     assert "It survives learning rate" in screen and "no option of the program" in screen
     assert "verified" not in screen
@@ -223,7 +226,7 @@ def test_a_fix_that_no_option_makes_is_told_without_a_command(toy, capsys, monke
 def test_two_diagnoses_print_the_same_but_for_the_seconds(toy, capsys, without_dump):
     values = []
     for _ in range(2):
-        assert diagnosed(toy[1], "--json") == 0
+        assert diagnosed(toy[1], "--json", *AMPLE) == 0
         values.append(one_json_object(capsys.readouterr().out))
     assert values[0].pop("seconds").keys() == values[1].pop("seconds").keys()
     assert values[0] == values[1]
