@@ -29,16 +29,18 @@ class KeptBatches:
     """
 
     def __init__(self, bound: int = KEPT_BYTES) -> None:
+        self._begin: int | None = None
         self._bound = bound
         self._first: dict[int, Any] = {}
         self._last: deque[tuple[int, Any, int]] = deque(maxlen=LAST_BATCHES)
         self._first_bytes = 0
 
     def add(self, step: int, data: Any) -> None:
-        """Holds a reference to the batch of a step; steps ascend by one from 0."""
+        """Holds a reference to the batch of a step; steps ascend by one."""
         size = _bytes(data)
+        self._begin = step if self._begin is None else self._begin
         room = len(self._first) < FIRST_BATCHES and self._first_bytes + size <= self._bound
-        if room and step == len(self._first):
+        if room and step == self._begin + len(self._first):
             self._first[step] = data
             self._first_bytes += size
             return

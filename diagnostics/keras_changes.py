@@ -10,6 +10,7 @@ import numpy as np
 
 from diagnostics.errors import InputError
 from diagnostics.keras_names import LayerNames
+from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 
 LARGE_INPUT = 20.0
@@ -84,6 +85,8 @@ def _precision_changes(facts: RunFacts, failed: Sequence[Check]) -> list[Change]
 
 def _formula_changes(model: Any, failed: Sequence[Check]) -> list[Change]:
     if not failed or failed[0].stage not in ("loss", "backward"):
+        return []
+    if failed[0].quantity in (RUNAWAY_LOSS, RUNAWAY_GRADIENT):
         return []
     losses = compiled_losses(model)
     if any(_can_take_logits(loss) for loss in losses):
@@ -197,6 +200,11 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
         layers = [layer.name for layer in facts.layers if layer.weight]
         shown = ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")
         return f'kernel_initializer="{value}"  # of the layers {shown}'
+    if change.kind == "init_scale":
+        return (
+            f"for v in model.trainable_variables: v.assign({value:g} * v if v.name == 'kernel' "
+            "else v)  # before fit"
+        )
     if change.kind == "input_scale":
         return f"x = x / {1.0 / value:.6g}  # before fit"
     if change.kind == "without_examples":

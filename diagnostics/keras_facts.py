@@ -55,7 +55,9 @@ def _layers(model: Any, order: list[str]) -> tuple[LayerFacts, ...]:
 
 
 def _own_weights(layer: Any) -> list[Any]:
-    return list(layer._trainable_variables)
+    """Its own trainable weights; a recurrent layer's are those of its cell."""
+    cell = getattr(layer, "cell", None) if isinstance(layer, keras.layers.RNN) else None
+    return list((layer if cell is None else cell)._trainable_variables)
 
 
 def _layer(label: str, layer: Any) -> LayerFacts:
@@ -87,7 +89,7 @@ def precision(model: Any) -> str:
     names = [
         layer.dtype_policy.name
         for layer in model._flatten_layers(include_self=False, recursive=True)
-        if layer.weights
+        if not isinstance(layer, keras.layers.InputLayer)
     ]
     special = [name for name in names if name != "float32"]
     return special[0] if special else "float32"

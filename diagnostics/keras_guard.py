@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 # The state before step 0 is kept up to this size, for replays from the start.
 START_BYTES = 256 << 20
+FOLLOWING_BATCHES, FOLLOWING_BYTES = 8, 64 << 20
 
 
 class NumericGuard(keras.callbacks.Callback):
@@ -148,7 +149,9 @@ class NumericGuard(keras.callbacks.Callback):
                 self._guarded.prepare(data)
             # One batch at a time, so that every step's flags come back.
             outputs = guarded(iter([data]))
-            self._after_step(data, outputs["guard"])
+            if not self._after_step(data, outputs["guard"]):
+                self._keep_following(iterator)
+                break
         if outputs is None:
             if self.model.steps_per_execution == 1 and not self._stopped:
                 # Keras finds the end of data of unknown length by running a step on
@@ -157,7 +160,8 @@ class NumericGuard(keras.callbacks.Callback):
             raise StopIteration
         return outputs["logs"]
 
-    def _after_step(self, data: Any, shown: dict[str, tf.Tensor]) -> None:
+    def _after_step(self, data: Any, shown: dict[str, Any]) -> bool:
+        """Records the step; stops the training unless it was applied."""
         assert self._guarded is not None
         outcome = read_outcome(self._guarded, shown)
         if not self._columns:
@@ -170,10 +174,23 @@ class NumericGuard(keras.callbacks.Callback):
             self.step += 1
             if self._divergence is not None:
                 self._guarded.limits.assign(self._divergence.limits(outcome.telemetry))
-            return
+            return True
         self._stopped = self.model.stop_training = True
         self.incident = self._write_incident(data, outcome)
         print(self.message, file=sys.stderr)
+        return False
+
+    def _keep_following(self, iterator: Any) -> None:
+        """Keeps what would have come next, so that a fix can be replayed past the failure."""
+        following = KeptBatches(FOLLOWING_BYTES)
+        for step in range(self.step + 1, self.step + 1 + FOLLOWING_BATCHES):
+            try:
+                following.add(step, next(iterator))
+            except (StopIteration, tf.errors.OutOfRangeError):
+                break
+        kept = {**self._batches.arrays(), **following.arrays()}
+        if kept:
+            write_snapshot(self.run_dir / "batches", kept, {"step": self.step})
 
     def _first_step(self, data: Any, outcome: StepOutcome) -> None:
         """What is known only once the step is traced: columns, configuration, start."""
@@ -196,7 +213,6 @@ class NumericGuard(keras.callbacks.Callback):
         if rows is not None:
             batch["example_ids"] = rows
         self._record.flush()
-        write_snapshot(self.run_dir / "batches", self._batches.arrays(), {"step": self.step})
         first = outcome.failed[0]
         ran_away = first.quantity in (RUNAWAY_LOSS, RUNAWAY_GRADIENT)
         size = write_incident(

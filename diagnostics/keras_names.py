@@ -19,15 +19,23 @@ class LayerNames:
 
     def __init__(self, model: Any) -> None:
         self._layers = model._flatten_layers(include_self=True, recursive=True)
+        # A recurrent layer's cell is part of it; Keras names it, not the user.
+        self._whole: dict[int, Any] = {}
+        for layer in self._layers:
+            if isinstance(layer, keras.layers.RNN):
+                for part in layer.cell._flatten_layers():
+                    self._whole[id(part)] = layer
+        self._layers = [layer for layer in self._layers if id(layer) not in self._whole]
         shared = Counter(layer.name for layer in self._layers)
         self._shared = {name for name, count in shared.items() if count > 1}
         self._owner: dict[int, Any] = {}
-        for layer in self._layers:
+        for layer in model._flatten_layers(include_self=True, recursive=True):
             for variable in (*layer._trainable_variables, *layer._non_trainable_variables):
                 self._owner.setdefault(id(variable), layer)
 
     def label(self, layer: Any) -> str:
         """Of a layer, or of an operation in a functional model."""
+        layer = self._whole.get(id(layer), layer)
         if layer.name in self._shared:
             return getattr(layer, "path", None) or layer.name
         return str(layer.name)
@@ -40,7 +48,7 @@ class LayerNames:
         return str(getattr(variable, "path", variable.name)).split(":")[0]
 
     def layers(self) -> list[Any]:
-        """Every layer, the model itself first, outer before inner ones."""
+        """Every layer but cells, the model itself first, outer before inner ones."""
         return list(self._layers)
 
 
@@ -65,7 +73,7 @@ class StateNames:
     """The state of a training run: weights, statistics, slots, counters, metrics, seeds.
 
     Names are `params/<layer>/<weight>`, `statistics/<layer>/<weight>` (what is
-    not trained: moving means), `seeds/<...>`, `optimizer/<slot>` and
+    not trained: moving means), `seeds/<...>`, `optimizer/<layer>/<weight>_<slot>` and
     `counters/metrics/<metric>/<...>`; `other/<...>` for variables beyond Keras' knowledge.
 
     Attributes:
@@ -131,6 +139,19 @@ class StateNames:
 _NEEDED = ("params/", "statistics/", "optimizer/")
 
 
+def slot_owners(optimizer: Any, weights: Iterable[Any]) -> dict[int, tuple[Any, str]]:
+    """id of a slot -> (its weight, the slot's kind), by Keras' name '<path of weight>_<kind>'."""
+    prefixes = [(f"{getattr(w, 'path', w.name)}".replace("/", "_") + "_", w) for w in weights]
+    prefixes.sort(key=lambda pair: -len(pair[0]))
+    found = {}
+    for slot in optimizer.variables:
+        for prefix, weight in prefixes:
+            if slot.name.startswith(prefix) and slot.shape == weight.shape:
+                found[id(slot)] = (weight, slot.name[len(prefix) :])
+                break
+    return found
+
+
 def native(variable: Any) -> Any:
     """The tf.Variable behind a Keras variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable
@@ -141,7 +162,7 @@ def _named_variables(model: Any, names: LayerNames) -> Iterator[tuple[str, Any]]
     for variable in model.weights:
         kind = "params" if id(variable) in trained else "statistics"
         yield f"{kind}/{names.owner(variable)}/{variable.name}", variable
-    for layer in names.layers():
+    for layer in model._flatten_layers(include_self=True, recursive=True):
         for generator in layer._seed_generators:
             yield f"seeds/{names.label(layer)}/{generator.name}", generator.state
     # Layers without a seed of their own draw from one generator of the whole process.
@@ -149,8 +170,11 @@ def _named_variables(model: Any, names: LayerNames) -> Iterator[tuple[str, Any]]
     if shared is not None:
         yield "seeds/global", shared.state
     for optimizer in find_optimizers(model):
+        weights = slot_owners(optimizer, model.trainable_variables)
         for variable in optimizer.variables:
-            yield f"optimizer/{variable.path}", variable
+            weight, slot = weights.get(id(variable), (None, variable.name))
+            place = "" if weight is None else f"{names.owner(weight)}/{weight.name}_"
+            yield f"optimizer/{place}{slot}", variable
     for metric in model.metrics:
         for variable in metric.variables:
             yield f"counters/metrics/{metric.name}/{variable.name}", variable

@@ -106,12 +106,16 @@ class KerasRun:
             return self._incident.batch
         if step in self._batches:
             return self._batches[step]
-        # Beyond the failure nothing is known: the earlier batches come again in turn.
-        last = self._incident.step if self._incident is not None else len(self._batches) - 1
-        if step > last and self._batches:
-            known = sorted(self._batches)
-            return self._batches[known[(step - last - 1) % len(known)]]
-        return None
+        last = self._last_known()
+        if last is None or step <= last:
+            return None
+        # Beyond them nothing is known: they come again in turn.
+        known = sorted({*self._batches, *([self._incident.step] if self._incident else [])})
+        return self.batch(known[(step - last - 1) % len(known)])
+
+    def _last_known(self) -> int | None:
+        steps = [*self._batches, *([self._incident.step] if self._incident else [])]
+        return max(steps, default=None)
 
     def example_names(self, batch: Batch) -> list[tuple[int, str]]:
         if "example_ids" in batch:
@@ -167,10 +171,8 @@ class KerasRun:
         for name, version in describe_packages()["packages"].items():
             if recorded.get(name, version) != version:
                 found.append(f"{name} is {version} now, the run was recorded with {recorded[name]}")
-        if self._incident is not None and self._batches:
-            found.append(
-                f"after step {self._incident.step} the replays are fed the earlier batches again"
-            )
+        if self._last_known() is not None:
+            found.append(f"after step {self._last_known()} replays are fed the kept batches again")
         return found
 
     def live_state(self) -> State:

@@ -60,7 +60,8 @@ class _Sight(NamedTuple):
 class GuardedStep:
     """Stands in for a model's `train_step` while a guard is on.
 
-    Returns {"logs": the user's result, "guard": {"layout", "passed", "telemetry"}}.
+    Returns {"logs": the user's result, "guard": {"layout", "passed", "telemetry",
+    "before"}}.
 
     Attributes:
       layouts: of every trace so far; "layout" is the index.
@@ -119,8 +120,8 @@ class GuardedStep:
         return self.layouts.index(layout)
 
 
-def read_outcome(guarded: GuardedStep, shown: dict[str, tf.Tensor]) -> StepOutcome:
-    """What a guarded step returned, by names.
+def read_outcome(guarded: GuardedStep, shown: dict[str, Any]) -> StepOutcome:
+    """What a guarded step returned, by names; finishes the refusal of a step under XLA.
 
     Checks of the data that do not stop a run by themselves are told where another
     check failed.
@@ -130,6 +131,9 @@ def read_outcome(guarded: GuardedStep, shown: dict[str, tf.Tensor]) -> StepOutco
     applied = all(ok or not hard for ok, hard in zip(passed, layout.hard, strict=True))
     failed: list[Check] = []
     if not applied:
+        assert guarded.state is not None
+        for name, value in shown["before"].items():
+            native(guarded.state.variables[name]).assign(value)
         down = [check for check, ok in zip(layout.checks, passed, strict=True) if not ok]
         failed = list(dict.fromkeys(down))
     row = np.asarray(shown["telemetry"], np.float32).tolist()
@@ -257,7 +261,7 @@ class _Trace:
             failures = context.all_reduce(tf.distribute.ReduceOp.SUM, 1.0 - passed)
             passed = tf.cast(tf.equal(failures, 0.0), tf.float32)
             ok = tf.equal(context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~ok, tf.int32)), 0)
-        self._put_back(ok)
+        before = self._put_back(ok)
         columns = self._telemetry()
         layout = Layout(
             tuple(check for s in sights for check in s.checks),
@@ -266,14 +270,22 @@ class _Trace:
         )
         row = tf.stack([tf.cast(value, tf.float32) for value in columns.values()])
         index = self._step.add_layout(layout)
-        return {"layout": tf.constant(index), "passed": passed, "telemetry": row}
+        shown = {"layout": tf.constant(index), "passed": passed, "telemetry": row}
+        return {**shown, "before": before}
 
-    def _put_back(self, ok: tf.Tensor) -> None:
-        if self._step.model.jit_compile or tf.distribute.has_strategy():
-            for name, before in self._saved.items():
-                variable = self._variables[name]
-                variable.assign(tf.where(ok, tf.identity(variable), before))
-            return
+    def _put_back(self, ok: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Restores in the graph; returns what the host must restore instead.
+
+        Under XLA a selection beside the update of a moving mean changes how that is
+        fused, and its bits: small variables leave the step as they were before it.
+        """
+        if tf.distribute.has_strategy():
+            self._select(ok, self._saved)
+            return {}
+        if self._step.model.jit_compile and not tf.executing_eagerly():
+            small = {n: v for n, v in self._saved.items() if not n.startswith(("params/", "opt"))}
+            self._select(ok, {n: v for n, v in self._saved.items() if n not in small})
+            return small
 
         def restore() -> tf.Tensor:
             for name, before in self._saved.items():
@@ -281,6 +293,12 @@ class _Trace:
             return tf.constant(False)
 
         tf.cond(ok, lambda: tf.constant(True), restore)
+        return {}
+
+    def _select(self, ok: tf.Tensor, saved: dict[str, tf.Tensor]) -> None:
+        for name, before in saved.items():
+            variable = self._variables[name]
+            variable.assign(tf.where(ok, tf.identity(variable), before))
 
     def _weight_sights(self) -> list[_Sight]:
         return [

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from diagnostics.guard import SAFE_BOUND, all_finite, exact_norm
-from diagnostics.keras_names import LayerNames, native
+from diagnostics.keras_names import LayerNames, native, slot_owners
 from diagnostics.keras_readings import second_reading
 
 # With an epsilon > 0 in the denominator these move a weight by at most
@@ -64,8 +64,12 @@ def group_by_layer(
 ) -> list[Group]:
     """One group per layer, in the order of the variables; those without gradient are left out."""
     groups: dict[str, Group] = {}
-    slots = _slots_by_weight(optimizer, variables)
-    for index, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+    owners = slot_owners(optimizer, variables)
+    slots: dict[int, list[Any]] = {id(variable): [] for variable in variables}
+    for slot in optimizer.variables:
+        if id(slot) in owners:
+            slots[id(owners[id(slot)][0])].append(native(slot))
+    for gradient, variable in zip(gradients, variables, strict=True):
         if gradient is None:
             continue
         label = names.owner(variable)
@@ -73,21 +77,8 @@ def group_by_layer(
         # Of an embedding's IndexedSlices, the rows that were looked up.
         group.gradients.append(second_reading(getattr(gradient, "values", gradient)))
         group.weights.append(native(variable))
-        group.slots.extend(slots[index])
+        group.slots.extend(slots[id(variable)])
     return list(groups.values())
-
-
-def _slots_by_weight(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
-    """Slots of each weight, by the name that Keras gives them: '<path>_<slot>'."""
-    prefixes = [f"{getattr(v, 'path', v.name)}".replace("/", "_") + "_" for v in variables]
-    found: list[list[Any]] = [[] for _ in variables]
-    order = sorted(range(len(variables)), key=lambda i: -len(prefixes[i]))
-    for slot in optimizer.variables:
-        for index in order:
-            if slot.name.startswith(prefixes[index]) and slot.shape == variables[index].shape:
-                found[index].append(native(slot))
-                break
-    return found
 
 
 def guarded_update(

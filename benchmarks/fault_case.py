@@ -1,0 +1,53 @@
+"""A faulty Keras program with its clean twin, in the words of ../shared/cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Built(NamedTuple):
+    """What `fit` needs."""
+
+    model: Any
+    x: Any
+    y: Any
+    batch_size: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class FaultCase:
+    """One known fault.
+
+    Attributes:
+      source: where idea and figures come from; the code is ours.
+      cause, accept_causes: of the schema of diagnosis.json; any of them is right.
+      stage: where it first shows; '' where several answers are right.
+      layer, op, samples: what to blame, if there is one thing to blame.
+      build: (faulty, seed) -> Built; the twin carries the known fix.
+    """
+
+    id: str
+    source: str
+    cause: str
+    stage: str
+    build: Callable[..., Built]
+    layer: str = ""
+    op: str = ""
+    samples: tuple[int, ...] = ()
+    accept_causes: tuple[str, ...] = ()
+    accept_culprits: tuple[str, ...] = ()
+    shuffle: bool = False
+
+
+def seeded(seed: int) -> np.random.Generator:
+    """Fresh Keras names and seeds; a numpy generator of the same seed."""
+    import keras
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(4321 + seed)
+    return np.random.default_rng(4321 + seed)
