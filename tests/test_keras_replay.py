@@ -113,7 +113,8 @@ def custom_run(place: Path) -> Fitted:
 def test_the_command_line_diagnoses_in_another_process(tmp_path):
     fitted = custom_run(tmp_path / "run")
     assert fitted.guard.incident is not None
-    command = [sys.executable, "-m", "vggrepro.cli", "diagnose-nan", str(fitted.guard.run_dir)]
+    main = "import sys; from vggrepro.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", main, "diagnose-nan", str(fitted.guard.run_dir)]
     options = ["--json", "--budget-seconds", "0", "--import", "keras_custom"]
     here = Path(__file__).parent
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=here)
