@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from diagnostics.keras_batches import unflatten_batch
@@ -90,7 +91,7 @@ class KerasProgram:
     def run(self, batch: Batch, step: int) -> StepOutcome:
         self._resume()
         self._warm_up(step)
-        data = self._data(batch)
+        data = self._distributed(batch)
         with self._settings():
             shown = self._function(iter([data]))["guard"]
         return read_outcome(self._step, shown)
@@ -122,6 +123,22 @@ class KerasProgram:
         batch = changed_batch(batch, self._change)
         return unflatten_batch(self._shared.structure, batch, tf.constant)
 
+    def _distributed(self, batch: Batch) -> Any:
+        """The batch as a strategy hands it out: to every replica its part of the rows."""
+        strategy = self._shared.model.distribute_strategy
+        replicas = strategy.num_replicas_in_sync
+        if replicas == 1:
+            return self._data(batch)
+
+        def parts(array: np.ndarray) -> Any:
+            share = -(-len(array) // replicas) if array.ndim else 0
+            return strategy.experimental_distribute_values_from_function(
+                lambda context: tf.constant(_part(array, context.replica_id_in_sync_group, share))
+            )
+
+        batch = changed_batch(batch, self._change)
+        return unflatten_batch(self._shared.structure, batch, parts)
+
     def _warm_up(self, step: int) -> None:
         if self._change is None or self._change.kind != "warmup" or self._rate is None:
             return
@@ -141,6 +158,10 @@ class KerasProgram:
         finally:
             for owner, name, value in reversed(undo):
                 object.__setattr__(owner, name, value)
+
+
+def _part(array: np.ndarray, replica: int, share: int) -> np.ndarray:
+    return array[replica * share : (replica + 1) * share] if array.ndim else array
 
 
 def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,34 @@ def rebuild_model(config: dict[str, Any], imports: Sequence[str]) -> Any:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     return model
+
+
+def float32_twin(model: Any) -> Any:
+    """The live model made again with every layer in float32, compiled alike.
+
+    Raises:
+      InputError: the model cannot be made from its configuration.
+    """
+    own = {type(layer) for layer in model._flatten_layers(include_self=True, recursive=True)}
+    own.add(type(model.optimizer))
+    try:
+        with keras.saving.custom_object_scope({kind.__name__: kind for kind in own}):
+            serialised = json.dumps(model.get_config())
+            for name in ("mixed_float16", "mixed_bfloat16", "float16", "bfloat16"):
+                serialised = serialised.replace(f'"{name}"', '"float32"')
+            twin = type(model).from_config(json.loads(serialised))
+            optimizer = keras.optimizers.serialize(model.optimizer)
+            twin.compile(
+                keras.optimizers.deserialize(optimizer),
+                loss=model.loss,
+                jit_compile=bool(model.jit_compile),
+                run_eagerly=bool(model.run_eagerly),
+            )
+        twin.optimizer.build(twin.trainable_variables)
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"the model cannot be made again in float32: {reason}") from error
+    return twin
 
 
 def _custom_objects(imports: Sequence[str]) -> dict[str, Any]:

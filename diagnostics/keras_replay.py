@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import keras
 
 from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
@@ -16,7 +13,7 @@ from diagnostics.keras_batches import batches_of
 from diagnostics.keras_changes import candidates, changed_start, command
 from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
-from diagnostics.keras_rebuild import rebuild_model
+from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
 from diagnostics.protocol import (
     Batch,
@@ -132,19 +129,7 @@ class KerasRun:
     def _in_float32(self) -> SharedModel:
         """A twin of the model whose layers compute and keep float32."""
         if self._float32 is None:
-            model = self._shared.model
-            serialised = json.dumps(model.get_config())
-            for name in ("mixed_float16", "mixed_bfloat16", "float16", "bfloat16"):
-                serialised = serialised.replace(f'"{name}"', '"float32"')
-            twin = type(model).from_config(json.loads(serialised))
-            optimizer = keras.optimizers.serialize(model.optimizer)
-            twin.compile(
-                keras.optimizers.deserialize(optimizer),
-                loss=model.loss,
-                jit_compile=bool(model.jit_compile),
-                run_eagerly=bool(model.run_eagerly),
-            )
-            twin.optimizer.build(twin.trainable_variables)
+            twin = float32_twin(self._shared.model)
             self._float32 = SharedModel(twin, self._shared.structure)
         return self._float32
 

@@ -88,7 +88,8 @@ class GuardedStep:
         Call it eagerly with the first batch; without it the first trace does the same,
         but cannot see the initial values yet.
         """
-        if self.model.run_eagerly or tf.distribute.has_strategy():
+        # (Callbacks run outside the strategy's scope, so the model is asked for it.)
+        if self.model.run_eagerly or self.model.distribute_strategy.num_replicas_in_sync > 1:
             _build_optimizers(self.model)
             self.state = StateNames(self.model)
         else:
@@ -280,7 +281,7 @@ class _Trace:
         fused, and its bits: small variables leave the step as they were before it.
         """
         if tf.distribute.has_strategy():
-            self._select(ok, self._saved)
+            self._select(ok, {n: v for n, v in self._saved.items() if self._is_ours(n)})
             return {}
         if self._step.model.jit_compile and not tf.executing_eagerly():
             small = {n: v for n, v in self._saved.items() if not n.startswith(("params/", "opt"))}
@@ -294,6 +295,17 @@ class _Trace:
 
         tf.cond(ok, lambda: tf.constant(True), restore)
         return {}
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether this replica keeps the variable.
+
+        One made outside the strategy's scope (a seed) is shared: the first replica was
+        traced first, so it alone read the variable before any replica wrote it.
+        """
+        context = tf.distribute.get_replica_context()
+        first = context is None or tf.get_static_value(context.replica_id_in_sync_group) == 0
+        assert self._step.state is not None
+        return first or hasattr(native(self._step.state.variables[name]), "values")
 
     def _select(self, ok: tf.Tensor, saved: dict[str, tf.Tensor]) -> None:
         for name, before in saved.items():
@@ -358,7 +370,8 @@ def _build_optimizers(model: Any) -> None:
     """Makes the slots now, so that a first step that fails can be undone."""
     for optimizer in find_optimizers(model)[:1]:
         if model.built and not optimizer.built:
-            optimizer.build(model.trainable_variables)
+            with model.distribute_strategy.scope():
+                optimizer.build(model.trainable_variables)
 
 
 def local(variable: Any) -> Any:

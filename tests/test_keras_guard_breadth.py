@@ -14,6 +14,8 @@ from keras_models import BATCH, FEATURES, Fitted, L, compiled, data, mlp, poison
 
 from diagnostics import NumericGuard
 from diagnostics.incident import read_incident
+from diagnostics.keras_replay import KerasRun
+from diagnostics.replay import reproduce
 
 
 class Scale(L.Layer):
@@ -295,11 +297,6 @@ def test_labels_and_masks_that_the_model_deals_with_are_no_incident(tmp_path):
     assert guarded.guard.incident is None and guarded.guard.step == 6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the guard's probe is given PerReplica data and cannot trace it: NumericGuard "
-    "does not support MirroredStrategy yet",
-)
 def test_mirrored_strategy_in_a_process_with_two_cpus():
     """Virtual devices must be made before TensorFlow starts."""
     place = f"{__file__}::test_both_replicas_of_a_mirrored_strategy"
@@ -317,26 +314,23 @@ def test_both_replicas_of_a_mirrored_strategy(tmp_path):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
     def build() -> keras.Model:
+        layers = [L.Dense(8, name="first"), L.BatchNormalization(name="norm"), L.Dropout(0.2)]
         with strategy.scope():
-            return compiled(
-                keras.Sequential(
-                    [
-                        keras.Input((FEATURES,)),
-                        L.Dense(8, name="first"),
-                        L.BatchNormalization(name="norm"),
-                        L.Dense(3, name="logits"),
-                    ]
-                ),
-                optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
-            )
+            model = keras.Sequential([*layers, L.Dense(3, name="logits")])
+            return compiled(model, optimizer=keras.optimizers.SGD(0.05, momentum=0.9))
 
     plain = Fitted(build, *data())
     guarded = Fitted(build, *data(), tmp_path / "a")
     assert guarded.bits() == plain.bits() and guarded.guard.incident is None
-    x, y = poisoned(3)  # in the first replica's part only
-    stopped = stopped_bits(build, data(), (x, y), tmp_path / "b")
-    batch = read_incident(stopped.guard.incident).batch
-    assert np.array_equal(batch["inputs"], x[24:32], equal_nan=True)
+    for row in (2, 6):  # in one replica's part only
+        x, y = data()
+        x[3 * BATCH + row, 1] = np.nan
+        stopped = stopped_bits(build, data(), (x, y), tmp_path / f"b{row}")
+        batch = read_incident(stopped.guard.incident).batch
+        assert np.array_equal(batch["inputs"], x[24:32], equal_nan=True)
+    run = KerasRun(stopped.guard.run_dir, stopped.model)
+    found = reproduce(run, run.program(), run.state_before(3), run.batch(3), 3)
+    assert found.verdict == "reproduced", found.differences
 
 
 def test_data_of_unknown_length(tmp_path):
