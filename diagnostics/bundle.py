@@ -2,7 +2,7 @@
 
 A bundle is a zip archive, stored without compression, of a run directory's
 config.json, manifest.json (and other JSON files beside them), metrics.jsonl,
-telemetry/ and one incident, plus bundle.json with the size and SHA-256 of each.
+telemetry/, inherited/ and one incident, plus bundle.json with the size and SHA-256 of each.
 Nothing is pickled, and absolute paths, the data directory and the user's name
 are taken out of every JSON file (`privacy`). Equal runs give equal bytes.
 """
@@ -28,6 +28,7 @@ from diagnostics.bundle_format import (
     CHUNK,
     CONTENTS,
     FORMAT,
+    INHERITED_FILES,
     METRICS,
     SCHEMA,
     SNAPSHOT_FILES,
@@ -145,6 +146,8 @@ def _parts(run_directory: Path, step: int, scrubber: Scrubber) -> list[_Part]:
     telemetry = run_directory / TELEMETRY
     if telemetry.exists():
         parts.append(_file_part(TELEMETRY, telemetry))
+    inherited = [name for name in INHERITED_FILES if (run_directory / name).exists()]
+    parts += [_file_part(name, run_directory / name) for name in inherited]
     record = _scrubbed(run_directory / incident / INCIDENT_FILE, scrubber)
     parts.append(_json_part(f"{incident}/{INCIDENT_FILE}", record))
     for name in SNAPSHOT_FILES:

@@ -18,11 +18,14 @@ RUN_FILES = ("config.json", "manifest.json")
 SNAPSHOT_FILES = tuple(
     f"{part}/{name}" for part in ("state", "batch") for name in (STATE_FILE, MANIFEST_FILE)
 )
+# What step 0 cannot be made from the seed without; only some runs have it.
+INHERITED_FILES = tuple(f"inherited/{name}" for name in (STATE_FILE, MANIFEST_FILE))
 JSON_LIMIT = 64 * 1024**2  # bytes
 CHUNK = 1 << 20
 
 _IN_INCIDENT = "|".join(map(re.escape, (INCIDENT_FILE, *SNAPSHOT_FILES)))
-_TOP_LEVEL = rf"[A-Za-z0-9_-]+\.json|{re.escape(METRICS)}|{re.escape(TELEMETRY)}"
+_INHERITED = "|".join(map(re.escape, INHERITED_FILES))
+_TOP_LEVEL = rf"[A-Za-z0-9_-]+\.json|{re.escape(METRICS)}|{re.escape(TELEMETRY)}|{_INHERITED}"
 ALLOWED = re.compile(rf"{_TOP_LEVEL}|incidents/step-\d{{8,}}/(?:{_IN_INCIDENT})", re.ASCII)
 
 

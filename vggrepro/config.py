@@ -49,6 +49,12 @@ class TrainConfig:
         silent="'normal with 10^-2 variance' reads as sigma=0.1, which explodes; "
         "the authors' later code uses sigma=0.01; Glorot is the paper's own later advice",
     )
+    init_from: str = _setting(
+        "",
+        "start from a trained net: a run directory, .weights.h5 or .safetensors file; from A: "
+        "conv1_1, conv2_1, conv3_1, conv3_2 and the FC layers; from the same net: all layers",
+        silent="'the first four convolutional layers' do not fit by position, by block they do",
+    )
     data: str = _setting("synthetic", "a directory with train/ and val/, or 'synthetic'")
     scale_min: int = _setting(
         37, "smallest shorter side S after rescaling", unit="pixels", paper=(256, 384)

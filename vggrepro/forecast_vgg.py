@@ -103,16 +103,21 @@ def check_before_training(
 
 
 def measured_forecast(
-    network: Network, init: str, seed: int, images: np.ndarray, labels: np.ndarray
+    network: Network,
+    init: str,
+    seed: int,
+    images: np.ndarray,
+    labels: np.ndarray,
+    inherited: Mapping[str, np.ndarray] | None = None,
 ) -> Forecast:
     """The forecast from one forward and backward pass on a batch, without dropout.
 
     Args:
       images: float32 [N, side, side, 3], mean subtracted. labels: int32 [N].
+      inherited: parameters that are not drawn.
     """
-    parameters = {
-        name: tf.constant(value) for name, value in initial_parameters(network, init, seed).items()
-    }
+    initial = {**initial_parameters(network, init, seed), **(inherited or {})}
+    parameters = {name: tf.constant(value) for name, value in initial.items()}
 
     def measure() -> tuple[Mapping[str, float], Mapping[str, float]]:
         seen: dict[str, float] = {}

@@ -7,16 +7,18 @@ compilers. Layer names are those of `keras.applications`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
 
-# Convolutions per block; 1 in a third place of C is its 1x1 kernel (Table 1).
-_KERNELS = {
+# Kernel sides of the convolutions by block; C ends its last three with 1x1 (Table 1).
+KERNELS = {
     "A": ((3,), (3,), (3, 3), (3, 3), (3, 3)),
     "A-LRN": ((3,), (3,), (3, 3), (3, 3), (3, 3)),
     "B": ((3, 3), (3, 3), (3, 3), (3, 3), (3, 3)),
@@ -150,8 +152,8 @@ def build_network(arch: str, *, width: float, image_size: int, classes: int) -> 
     Raises:
       InputError: unknown arch, an image below 32 pixels, or fewer than 2 classes.
     """
-    if arch not in _KERNELS:
-        raise InputError(f"arch '{arch}' is unknown", "Use one of " + ", ".join(_KERNELS))
+    if arch not in KERNELS:
+        raise InputError(f"arch '{arch}' is unknown", "Use one of " + ", ".join(KERNELS))
     if image_size < MIN_IMAGE_SIZE:
         raise InputError(
             f"image_size {image_size} is below {MIN_IMAGE_SIZE}",
@@ -161,7 +163,7 @@ def build_network(arch: str, *, width: float, image_size: int, classes: int) -> 
         raise InputError(f"{classes} classes cannot be told apart", "Use at least 2 classes")
     layers: list[Layer] = []
     channels = 3
-    for block, kernels in enumerate(_KERNELS[arch]):
+    for block, kernels in enumerate(KERNELS[arch]):
         for place, kernel in enumerate(kernels):
             filters = max(1, round(_BLOCK_WIDTHS[block] * width))
             name = f"block{block + 1}_conv{place + 1}"
@@ -176,6 +178,39 @@ def build_network(arch: str, *, width: float, image_size: int, classes: int) -> 
     layers.append(WeightLayer("fc2", (hidden, hidden), dropout=True))
     layers.append(WeightLayer("predictions", (hidden, classes), relu=False))
     return Network(arch, image_size, classes, tuple(layers))
+
+
+def layer_names(arch: str) -> list[str]:
+    """The weight layers of one of Table 1's nets, in forward order."""
+    return [layer.name for layer in _narrow(arch).weight_layers]
+
+
+def network_of(arch: str, parameters: Mapping[str, np.ndarray]) -> Network:
+    """The net that stored parameters belong to: widths, classes and image size are theirs.
+
+    The image size is the smallest that fits fc1: 32 times the side of its pool5 map.
+
+    Raises:
+      InputError: the parameters have other layers than `arch`.
+    """
+    described = _narrow(arch)
+    shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+    if shapes.keys() != described.parameter_shapes().keys():
+        odd = sorted(shapes.keys() ^ described.parameter_shapes().keys())[0]
+        raise InputError(f"these are not the weights of net {arch}: see {odd}")
+    layers = tuple(
+        dataclasses.replace(layer, kernel_shape=shapes[f"{layer.name}/kernel"])
+        if isinstance(layer, WeightLayer)
+        else layer
+        for layer in described.layers
+    )
+    last_convolution = [x for x in layers if isinstance(x, WeightLayer) and x.is_convolution][-1]
+    side = math.isqrt(shapes["fc1/kernel"][0] // last_convolution.kernel_shape[-1])
+    return Network(arch, 32 * side, shapes["predictions/bias"][0], layers)
+
+
+def _narrow(arch: str) -> Network:
+    return build_network(arch, width=1 / 64, image_size=MIN_IMAGE_SIZE, classes=2)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def start_lines(
     run: RunDirectory, config: TrainConfig, first_step: int, info: Mapping[str, Any]
 ) -> list[str]:
     """What is trained, on what, and where it is written."""
-    start = f"from step {first_step:,}" if first_step else "from new weights"
+    origin = "inherited" if config.init_from else "new"
+    start = f"from step {first_step:,}" if first_step else f"from {origin} weights"
     return [
         f"net   {config.arch}, width {config.width:g}, {config.init}: "
         f"{info['parameter_count']:,} parameters, {start}",

@@ -19,7 +19,7 @@ from diagnostics.protocol import (
     Telemetry,
 )
 from diagnostics.snapshot import hash_arrays
-from vggrepro import accelerator, counterfactual_changes
+from vggrepro import accelerator, counterfactual_changes, inheritance
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import command_line
 from vggrepro.data_source import DataSource, open_data
@@ -88,8 +88,11 @@ class VggRun:
 
     def start_state(self, change: Change | None = None) -> State:
         config = counterfactual_changes.changed_config(self.config, change)
-        state = initial_state(config, self.network)
+        state = initial_state(config, self.network, self._inherited())
         return counterfactual_changes.scaled_kernels(state, change)
+
+    def _inherited(self) -> State:
+        return inheritance.kept_parameters(self._directory.path, self.config)
 
     def batch(self, step: int) -> Batch | None:
         if self._incident is not None and step == self._incident.step:
@@ -109,7 +112,11 @@ class VggRun:
         return VggProgram(config, change, self._validation_errors(), self._spare_steps)
 
     def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
-        return counterfactual_changes.candidates(self.config, self.facts, step, suspects)
+        found = counterfactual_changes.candidates(self.config, self.facts, step, suspects)
+        rows = (self._manifest.get("inheritance") or {}).get("layers", ())
+        if rows and all(row["origin"] == "copied" for row in rows):
+            return [change for change in found if change.kind != "init"]  # nothing is drawn
+        return found
 
     def command(self, change: Change) -> str:
         if not counterfactual_changes.has_option(change):
@@ -122,9 +129,7 @@ class VggRun:
     def conditions(self) -> Sequence[str]:
         found = list(differences(self.environment(), describe_environment()))
         found += self._device_condition() + self._data_conditions()
-        recorded = self._manifest.get("initial_weights_sha256")
-        if recorded is not None and recorded != self._initial_weights_hash():
-            found.append("the initial weights drawn from the seed are not the recorded ones")
+        found += self._initial_weights_condition()
         return [*found, *dict.fromkeys(self._directory.warnings)]
 
     def _device_condition(self) -> list[str]:
@@ -159,6 +164,14 @@ class VggRun:
             and self.config.eval_every
             and (record["step"] + 1) % self.config.eval_every == 0
         }
+
+    def _initial_weights_condition(self) -> list[str]:
+        recorded = self._manifest.get("initial_weights_sha256")
+        try:
+            same = recorded is None or recorded == self._initial_weights_hash()
+        except SnapshotDamaged as error:
+            return [error.message]
+        return [] if same else ["the initial weights made again are not the recorded ones"]
 
     def _initial_weights_hash(self) -> str:
         state = self.start_state()

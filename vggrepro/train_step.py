@@ -296,6 +296,7 @@ def compiled_part(config: TrainConfig) -> TrainConfig:
         lr=1.0,
         warmup_steps=0,
         init="normal:1",
+        init_from="",
         lr_drops=0,
         plateau_patience=1,
         data="",
@@ -303,9 +304,16 @@ def compiled_part(config: TrainConfig) -> TrainConfig:
     )
 
 
-def initial_state(config: TrainConfig, network: Network) -> State:
-    """Step 0's state: drawn weights, zero momentum, a fresh schedule, step 0."""
-    parameters = initial_parameters(network, config.init, config.seed)
+def initial_state(config: TrainConfig, network: Network, inherited: State | None = None) -> State:
+    """Step 0's state: drawn or inherited weights, zero momentum, a fresh schedule, step 0.
+
+    Args:
+      inherited: '<layer>/kernel' and '<layer>/bias' of the layers that are not drawn;
+        must be given where the configuration inherits (`vggrepro.inheritance`).
+    """
+    if config.init_from and inherited is None:
+        raise ValueError(f"the weights of {config.init_from} are needed")
+    parameters = {**initial_parameters(network, config.init, config.seed), **(inherited or {})}
     return {
         **{f"params/{name}": value for name, value in parameters.items()},
         **{f"momentum/{name}": np.zeros_like(value) for name, value in parameters.items()},

@@ -20,12 +20,12 @@ from diagnostics.guard import StepResult
 from diagnostics.guard_self_test import self_test
 from diagnostics.snapshot import hash_arrays
 from diagnostics.stall import StallWatch
-from vggrepro import accelerator
+from vggrepro import accelerator, inheritance
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment
 from vggrepro.evaluation import Evaluator
-from vggrepro.forecast_vgg import check_before_training, image_scales
+from vggrepro.forecast_vgg import check_before_training, image_scales, measured_forecast
 from vggrepro.hooks import Announcer, Hook
 from vggrepro.incident_report import save_incident
 from vggrepro.init_notes import init_note
@@ -35,10 +35,11 @@ from vggrepro.run_directory import RunDirectory, check_free
 from vggrepro.run_facts import run_facts
 from vggrepro.step_metrics import StepMetrics
 from vggrepro.stop_request import StopRequest
-from vggrepro.train_step import State, TrainStep
+from vggrepro.train_step import State, TrainStep, initial_state
 
 WEIGHTS_FILE = "final.weights.h5"
 _MANIFEST_SCHEMA = 1
+_FORECAST_IMAGES = 8  # of the batch that is run through inherited weights
 
 
 @dataclass(frozen=True)
@@ -97,25 +98,42 @@ def train(
             config.arch, width=config.width, image_size=config.image_size, classes=classes
         )
         if not resume:
-            forecast = _forecast(config, network, data, announce, strict)
+            inherited = inheritance.inherit(config, network, announce.warning)
+            for line in inherited.lines():
+                announce.info(line)
+            forecast = _forecast(config, network, data, announce, strict, inherited.parameters)
             manifest = _first_manifest(config, network, data, device, forecast)
+            manifest["inheritance"] = inherited.record
             run = stack.enter_context(
                 RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
             )
+            inherited.keep(run.path)
         stack.enter_context(tf.device(accelerator.device_name(config)))
         return _Session(config, network, data, run, announce, device).train()
 
 
 def _forecast(
-    config: TrainConfig, network: Network, data: DataSource, announce: Announcer, strict: bool
+    config: TrainConfig,
+    network: Network,
+    data: DataSource,
+    announce: Announcer,
+    strict: bool,
+    inherited: State,
 ) -> Forecast:
-    """Says what the initialiser will do on the first batch.
+    """Says what the initial weights will do on the first batch.
+
+    Drawn ones by formulas; inherited ones are run on a few images.
 
     Raises:
       InputError: `strict`, and signal or gradient explodes or vanishes.
     """
-    images = data.training_batch(0)["images"].numpy()
+    batch = data.training_batch(0)
+    images = batch["images"].numpy()
     forecast = check_before_training(config, network, *image_scales(images))
+    if inherited:
+        few = images[:_FORECAST_IMAGES], batch["labels"].numpy()[:_FORECAST_IMAGES]
+        found = measured_forecast(network, config.init, config.seed, *few, inherited)
+        forecast = dataclasses.replace(found, init=f"{config.init} with inherited layers")
     if forecast.verdict == "fine":
         announce.info(forecast.line())
         return forecast
@@ -141,7 +159,7 @@ def _first_manifest(
         "data": data.record,
         "forecast": {"verdict": forecast.verdict, "reason": forecast.reason},
         "seeds": {"run": config.seed},
-        "parent_run": None,
+        "parent_run": config.init_from or None,
         "environment": describe_environment([device]),
         "final_weights_sha256": None,
         "final_metrics": None,
@@ -168,7 +186,12 @@ class _Session:
                 f"{run.path} has done {checkpoint[0]} steps already, more than {config.steps}",
                 "Give a larger --steps",
             )
-        self._step = TrainStep(config, network, checkpoint[1] if checkpoint else None)
+        if checkpoint is not None:
+            state = checkpoint[1]
+        else:
+            inherited = inheritance.kept_parameters(run.path, config)
+            state = initial_state(config, network, inherited)
+        self._step = TrainStep(config, network, state)
         self._now = checkpoint[0] if checkpoint else 0
         self._metrics = StepMetrics(self._step.layout, config.batch_size)
         self._divergence = DivergenceWatch()

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     resume = options.resume is not None
     config = _resumed_config(options) if resume else _new_config(options)
     run_dir = options.resume or options.run_dir or new_run_dir(config, datetime.now())
-    result = _train(_with_data_directory(config), run_dir, resume, options.strict)
+    result = _train(_with_absolute_paths(config), run_dir, resume, options.strict)
     _print_summary(result)
     return INTERRUPTED if result.status == "interrupted" else 0
 
@@ -85,8 +85,11 @@ def data_directory(data: str) -> Path:
     return ensure_synthetic(directory)
 
 
-def _with_data_directory(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, data=str(data_directory(config.data).resolve()))
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """A run may be resumed and replayed from another working directory."""
+    source = str(Path(config.init_from).resolve()) if config.init_from else ""
+    data = str(data_directory(config.data).resolve())
+    return dataclasses.replace(config, data=data, init_from=source)
 
 
 def _new_config(options: argparse.Namespace) -> TrainConfig:
