@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.op_domains import DomainFault, domain_fault, op_name
 from diagnostics.report_words import number, plural
-from diagnostics.signals import HUGE, half_precision, largest_signal, unscaled
-from diagnostics.telemetry_view import preactivations_of_row
+from diagnostics.signals import (
+    HUGE,
+    half_precision,
+    largest_signal,
+    out_of_nowhere,
+    unscaled,
+)
+from diagnostics.telemetry_view import overwritten, preactivations_of_row
 
 _RECURRENT = ("RNN", "LSTM", "GRU")
 _UNBOUNDED_ACTIVATIONS = ("exp", "exponential")
@@ -32,6 +40,8 @@ def place_findings(evidence: Evidence) -> Iterator[Finding]:
     if first is not None and first.stage in ("forward", "loss", "backward"):
         yield from _formula(evidence, first)
         yield from _bare_loss(evidence, first)
+    if first is not None and first.stage in ("forward", "loss", "backward", "update"):
+        yield from _out_of_nowhere(evidence, first)
     yield from _unbounded_activation(evidence)
     yield from _recurrence(evidence)
     yield from _alignment(evidence)
@@ -44,12 +54,14 @@ def _weights(evidence: Evidence) -> Iterator[Finding]:
     if broken or (first is not None and first.stage == "weights"):
         yield Finding("weights", 8.0, _broken_weights(evidence, broken))
     onset = evidence.onset
-    jumped = onset is not None and onset.quantity == "weight_norm" and onset.step == evidence.step
-    if jumped and not broken and onset is not None:
+    if onset is None or broken or onset.quantity != "weight_norm":
+        return
+    row = int(np.searchsorted(evidence.telemetry.steps, onset.step))
+    if overwritten(evidence.telemetry, onset.layer or "", row):
         yield Finding(
             "weights",
             6.0,
-            f"The weights of {onset.layer} entered step {evidence.step} with norm "
+            f"The weights of {onset.layer} entered step {onset.step} with norm "
             f"{number(onset.value)}, {number(onset.growth_per_step)} times that of the step "
             "before, which no recorded update explains: they were overwritten",
         )
@@ -91,6 +103,24 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
         )
     for survivor in evidence.survivors("loss_formula"):
         yield Finding(kind, 3.0, f"With {survivor.change} the same steps stay finite")
+
+
+def _out_of_nowhere(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
+    """A number that the op's surroundings do not explain."""
+    if not out_of_nowhere(evidence) or domain_fault(first, half_precision(evidence)) is not None:
+        return
+    fed = max(max(abs(given.minimum), abs(given.maximum)) for given in first.inputs)
+    kind = "optimizer" if first.stage == "update" else _owner(evidence, first)
+    where = {"loss": " of the loss", "update": " of the update"}.get(first.stage, "")
+    if not where and first.layer:
+        where = f" in {first.layer}"
+    sentence = (
+        f"{first.op}{where} was fed {number(fed)}, although weights, gradients and signals around "
+        "it are of ordinary size: a constant or a formula in there made that number"
+    )
+    if first.source:
+        sentence += f", at {first.source}"
+    yield Finding(kind, 2.0, sentence)
 
 
 def _owner(evidence: Evidence, first: FirstNonfinite) -> str:

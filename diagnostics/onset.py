@@ -12,7 +12,7 @@ Three shapes are told apart:
   example, a label out of range, a division by zero). Nothing was being lost
   before, and the onset is None. The exception: weights that entered the failing
   step already thrown away. The step before wrote them, and it is the onset; if no
-  update explains them (they were overwritten), the failing step is.
+  update explains them (they were overwritten), the step that they entered is.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from diagnostics.telemetry_view import (
     largest_activation,
     layer_column,
     layer_names,
+    overwritten,
     scalar_column,
 )
 
@@ -39,6 +40,7 @@ HUGE_GRADIENT = 1e6
 _SMALLEST_RISE = 4.0  # bits
 _SMALLEST_WEIGHT_RISE = 3.0
 _JUMP = 8.0  # bits in one step
+_OUT_OF_THE_BLUE = 32.0  # the same
 _SMALL_UPDATE = 0.1
 _TINIEST = 2.0**-149
 
@@ -55,6 +57,7 @@ class _Rise(NamedTuple):
     first: int  # row
     step: int
     bits: float  # gained until the last row
+    since: int | None = None  # row it is compared with, if not followed from `first` to the end
 
 
 def find_onset(telemetry: Telemetry, facts: RunFacts) -> Onset | None:
@@ -74,7 +77,8 @@ def find_onset(telemetry: Telemetry, facts: RunFacts) -> Onset | None:
     rises = [rise for one in series if (rise := _rise(one, telemetry)) is not None]
     if not rises:
         return None
-    return _as_onset(min(rises, key=lambda rise: (rise.step, -rise.bits)))
+    # What overwritten weights do in their step is not the beginning: they are.
+    return _as_onset(min(rises, key=lambda rise: (rise.step, rise.since is None, -rise.bits)))
 
 
 def _in_trouble(telemetry: Telemetry, facts: RunFacts) -> bool:
@@ -142,17 +146,24 @@ def _rise(series: _Series, telemetry: Telemetry) -> _Rise | None:
     start = int(calm[-1]) if calm.size else 0
     if start == last:
         return None
-    if start == last - 1 and not weights:
+    if not weights and (start == last - 1 or _sudden(bits, usual)):
         return None
+    if weights and overwritten(telemetry, series.layer or "", start + 1):
+        steps = int(telemetry.steps[start + 1])
+        return _Rise(series, start + 1, steps, float(bits[last] - bits[start]), since=start)
     if start == last - 1:
-        first = last if _overwritten(series, telemetry) else start
-        return _Rise(series, first, int(telemetry.steps[first]), float(bits[last] - bits[start]))
+        return _Rise(series, start, int(telemetry.steps[start]), float(bits[last] - bits[start]))
     if _came_with_its_batch(series, telemetry, bits, start + 1):
         return _Rise(series, start + 1, int(telemetry.steps[start + 1]), float(bits[-1]) - usual)
     # The rise had begun before it left the tolerance: follow its slope back.
     slope = (float(bits[-1]) - float(bits[start])) / (last - start)
     first = max(0, start - int(tolerance / slope))
     return _Rise(series, first, int(telemetry.steps[first]), float(bits[-1] - bits[first]))
+
+
+def _sudden(bits: np.ndarray, usual: float) -> bool:
+    """Whether next to nothing was lost before the last row, and all the rest in it."""
+    return bits[-1] - bits[-2] > _OUT_OF_THE_BLUE and bits[-2] - usual < _SMALLEST_RISE
 
 
 def _came_with_its_batch(series: _Series, telemetry: Telemetry, bits: np.ndarray, row: int) -> bool:
@@ -170,24 +181,14 @@ def _came_with_its_batch(series: _Series, telemetry: Telemetry, bits: np.ndarray
     return bool(ratios) and max(ratios) < _SMALL_UPDATE
 
 
-def _overwritten(series: _Series, telemetry: Telemetry) -> bool:
-    """Whether the weights of the last row are not what the last update made.
-
-    An update that is not finite is refused, so weights that are NaN were written by
-    something else. An infinite norm may belong to finite weights.
-    """
-    if not np.isfinite(series.values[-1]):
-        return bool(np.isnan(series.values[-1]))
-    ratio = layer_column(telemetry, series.layer or "", "update_ratio")
-    return ratio is not None and bool(ratio[-1] < 0.5)
-
-
 def _as_onset(rise: _Rise) -> Onset:
     series, bits = rise.series, _bits(rise.series)
-    # Weights overwritten before the last step are compared with those of the step before.
-    start = min(rise.first, bits.size - 2)
-    overflowed = np.flatnonzero(~np.isfinite(series.values[start + 1 :]))
-    end = start + 1 + int(overflowed[0]) if overflowed.size else bits.size - 1
+    if rise.since is not None:
+        start, end = rise.since, rise.first
+    else:
+        start = rise.first
+        overflowed = np.flatnonzero(~np.isfinite(series.values[start + 1 :]))
+        end = start + 1 + int(overflowed[0]) if overflowed.size else bits.size - 1
     growth = 2.0 ** ((float(bits[end]) - float(bits[start])) / (end - start))
     value = float(series.values[rise.first])
     return Onset(rise.step, series.layer, series.quantity, value, growth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -128,17 +129,28 @@ def loss_over_chance(evidence: Evidence) -> float | None:
 
 def largest_signal(evidence: Evidence) -> float:
     """The largest finite number seen among pre-activations, loss and the op's inputs."""
-    numbers = [0.0]
+    return _largest([*_recorded_signals(evidence), *_op_inputs(evidence)])
+
+
+def _recorded_signals(evidence: Evidence) -> Iterator[float]:
+    """Pre-activations and loss of the last two recorded steps."""
     telemetry = evidence.telemetry
     for row in range(max(0, telemetry.steps.size - 2), telemetry.steps.size):
-        numbers += preactivations_of_row(telemetry, row).values()
+        yield from preactivations_of_row(telemetry, row).values()
     loss = scalar_column(telemetry, "loss")
     if loss is not None:
-        numbers += np.abs(loss[-2:]).tolist()
+        yield from np.abs(loss[-2:]).tolist()
+
+
+def _op_inputs(evidence: Evidence) -> Iterator[float]:
+    """Of the op whose result was not finite."""
     if evidence.first_nonfinite is not None:
         for given in evidence.first_nonfinite.inputs:
-            numbers += [abs(given.minimum), abs(given.maximum)]
-    return max(number for number in numbers if math.isfinite(number))
+            yield from (abs(given.minimum), abs(given.maximum))
+
+
+def _largest(numbers: Iterable[float]) -> float:
+    return max((number for number in numbers if math.isfinite(number)), default=0.0)
 
 
 def exploded(evidence: Evidence) -> bool:
@@ -147,8 +159,32 @@ def exploded(evidence: Evidence) -> bool:
         return True
     if evidence.onset is not None and evidence.onset.quantity != "loss":
         return True
-    half = half_precision(evidence)
-    return largest_signal(evidence) > (1e3 if half else HUGE)
+    return largest_signal(evidence) > _limit(evidence) and not out_of_nowhere(evidence)
+
+
+def _limit(evidence: Evidence) -> float:
+    return 1e3 if half_precision(evidence) else HUGE
+
+
+def out_of_nowhere(evidence: Evidence) -> bool:
+    """Whether the op was fed huge numbers while all that is recorded around it is ordinary.
+
+    Signals, gradients and weights of ordinary size do not grow by themselves within one
+    layer: a constant or a formula in there made the number.
+    """
+    telemetry, limit = evidence.telemetry, _limit(evidence)
+    if _largest(_op_inputs(evidence)) <= limit or not telemetry.steps.size:
+        return False
+    if not preactivations_of_row(telemetry, -1):
+        return False
+    gradients = [
+        float(column[-1])
+        for layer in layer_names(telemetry)
+        if (column := layer_column(telemetry, layer, "gradient_norm")) is not None
+    ]
+    arrays = [*input_arrays(evidence).values(), *evidence.weight_stats.values()]
+    sizes = [_finite_absmax(stats) for stats in arrays if not is_integer(stats)]
+    return _largest([*_recorded_signals(evidence), *gradients, *sizes]) <= limit
 
 
 def half_precision(evidence: Evidence) -> bool:

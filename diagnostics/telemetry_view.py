@@ -8,6 +8,7 @@ from diagnostics.protocol import RunFacts, Telemetry
 
 LARGEST_FLOAT32 = 3.4028235e38
 LARGEST_FLOAT16 = 65504.0
+OVERWRITTEN = 8.0  # times the weights of the step before, with no update of that size
 
 
 def layer_names(telemetry: Telemetry) -> tuple[str, ...]:
@@ -48,6 +49,22 @@ def scalar_column(telemetry: Telemetry, name: str) -> np.ndarray | None:
     """A column of the whole step as float64 [steps]."""
     column = telemetry.column(name)
     return None if column is None else column.astype(np.float64)
+
+
+def overwritten(telemetry: Telemetry, layer: str, row: int) -> bool:
+    """Whether the weights that entered a row's step are not what the update before it made.
+
+    An update that is not finite is refused, so weights that are NaN were written by
+    something else. An infinite norm may belong to finite weights.
+    """
+    norms = layer_column(telemetry, layer, "weight_norm")
+    ratios = layer_column(telemetry, layer, "update_ratio")
+    if norms is None or row == 0:
+        return False
+    if not np.isfinite(norms[row]):
+        return bool(np.isnan(norms[row]))
+    grown = norms[row] > OVERWRITTEN * norms[row - 1] > 0
+    return ratios is not None and bool(grown and ratios[row] < 0.5)
 
 
 def is_half(precision: str) -> bool:

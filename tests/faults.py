@@ -44,7 +44,7 @@ def injected_faults(seed: int = 0) -> list[InjectedFault]:
     """All of them, in a fixed order; the draw decides steps, rows and numbers of elements.
 
     In float32 every layer of every stage, on the toy with every kind; in bfloat16 a
-    third of that.
+    third of each stage.
     """
     draw = random.Random(seed)
     found = []
@@ -52,7 +52,7 @@ def injected_faults(seed: int = 0) -> list[InjectedFault]:
         for precision in PRECISIONS:
             places = list(_places(program))
             if precision != "float32":
-                places = draw.sample(places, len(places) // 3)
+                places = _a_third(draw, places)
             found += [
                 InjectedFault(program, precision, _drawn(draw, program, *place)) for place in places
             ]
@@ -88,6 +88,15 @@ def _places(program: str) -> Iterator[tuple[str, str, str]]:
     for stage in ("forward", "backward"):
         for number, layer in enumerate(LAYERS[program][::2]):
             yield MARKED + stage, layer, (NAN, POLE)[number % 2]
+
+
+def _a_third(draw: random.Random, places: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Of the places of each stage, at least one."""
+    chosen = []
+    for stage in dict.fromkeys(stage for stage, *_ in places):
+        alike = [place for place in places if place[0] == stage]
+        chosen += draw.sample(alike, math.ceil(len(alike) / 3))
+    return chosen
 
 
 def _drawn(draw: random.Random, program: str, stage: str, layer: str, kind: str) -> Injection:

@@ -196,7 +196,8 @@ VGG = (
         "init",
         {"init": "normal:0.1", "width": 0.5, "image_size": 64, "scale_min": 73, "scale_max": 73},
         stage="forward",
-        op="Conv2D",
+        op="MatMul",
+        layer="fc1",
         steps=6,
     ),
     NaturalFault("vgg-sigma-1", "init", {"init": "normal:1"}, stage="forward"),
@@ -222,7 +223,7 @@ VGG = (
         layer="block1_conv1",
         blamed=True,
         advice=NONE,
-        program=culprit(lambda pixels: pixels * np.float32(3e36)),
+        program=culprit(lambda pixels: np.float32(3e38) * np.sign(pixels)),
     ),
     NaturalFault(
         "vgg-label-too-large",
