@@ -85,7 +85,9 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
         return
     kind = _owner(evidence, first)
     sane = _sanity(evidence, fault)
-    where = "the loss" if kind == "loss_formula" else f"layer {first.layer}"
+    where = f"layer {first.layer}" if first.layer else "the model"
+    if kind == "loss_formula":
+        where = "the loss"
     rows = ""
     if first.examples:
         rows = f" (in {plural(len(first.examples), 'example')} of the batch)"
@@ -126,9 +128,7 @@ def _out_of_nowhere(evidence: Evidence, first: FirstNonfinite) -> Iterator[Findi
 def _owner(evidence: Evidence, first: FirstNonfinite) -> str:
     """Whose formula it is: the loss's, or a layer's."""
     layers = {layer.name for layer in evidence.facts.layers}
-    if first.stage == "loss" or not first.layer:
-        return "loss_formula"
-    if first.stage == "forward" or first.layer in layers:
+    if first.stage == "forward" or (first.stage == "backward" and first.layer in layers):
         return "architecture"
     return "loss_formula"
 
