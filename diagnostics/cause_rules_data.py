@@ -12,6 +12,7 @@ from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.op_domains import domain_fault
 from diagnostics.report_words import number, plural
 from diagnostics.signals import (
+    ABSURD_START,
     UNSCALED_INPUT,
     exploded,
     failed_checks,
@@ -154,7 +155,7 @@ def _unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
     if amplified > 3.0:
         weight *= 0.4
     ratio = loss_over_chance(evidence)
-    if ratio is not None and ratio > 4 and amplified <= 3.0:
+    if ratio is not None and ratio > ABSURD_START and amplified <= 3.0:
         weight += 1.5
     yield Finding(
         "data",

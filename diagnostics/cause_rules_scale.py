@@ -11,6 +11,7 @@ from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import LayerGain, gain_bits, layer_gains
 from diagnostics.report_words import number
 from diagnostics.signals import (
+    absurd_start,
     amplification,
     exploded,
     first_loss,
@@ -85,14 +86,9 @@ def _initialiser(evidence: Evidence, gains: list[LayerGain]) -> Iterator[Finding
 def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
     """Whether step 0 was already absurd, before anything was learnt."""
     ratio, seen, loss = loss_over_chance(evidence), amplification(evidence), first_loss(evidence)
-    absurd_loss = ratio is not None and ratio > 4
+    absurd_loss = absurd_start(evidence)
     if absurd_loss and amplified > 2.0:
-        yield Finding(
-            "init",
-            min(3.0, 0.8 * math.log10(ratio or 1.0) + 0.7),
-            f"Step 0, before any update, has loss {number(loss)} where guessing has "
-            f"{number(evidence.facts.chance_loss)}",
-        )
+        yield Finding("init", min(3.0, 0.8 * math.log10(ratio or 1.0) + 0.7), absurd_loss)
     if seen is not None and seen[0] > 300:
         yield Finding(
             "init",
@@ -100,7 +96,7 @@ def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
             f"At step 0 the pre-activations of {seen[1]} are already {number(seen[0])} times "
             "as large as the input",
         )
-    absurd = absurd_loss or (seen is not None and seen[0] > 300)
+    absurd = absurd_loss is not None or (seen is not None and seen[0] > 300)
     if evidence.onset is not None and not absurd and amplified < 2 * _EXPLODES:
         if not unscaled(evidence):
             yield Finding("learning_rate", 2.0, _sane_start(evidence, loss))

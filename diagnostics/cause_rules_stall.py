@@ -9,7 +9,7 @@ from diagnostics.cause_rules_numbers import setting_findings
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.report_words import number
-from diagnostics.signals import input_arrays
+from diagnostics.signals import absurd_start, input_arrays
 from diagnostics.stall import (
     FAINT_SIGNAL,
     IDLE_UPDATE,
@@ -93,6 +93,9 @@ def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]
         )
         yield Finding("init", 0.5, text)
     elif since > 0:
+        absurd = absurd_start(evidence)
+        if absurd:
+            yield Finding("init", 2.0, f"{absurd}, and the gradients are as large")
         yield Finding("learning_rate", 3.0, f"{text}: an update before that pushed it there")
     else:
         yield Finding("architecture", 2.0, f"{text}: nothing behind it ever gets a gradient")

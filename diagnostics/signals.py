@@ -21,6 +21,7 @@ from diagnostics.telemetry_view import (
 from diagnostics.tensor_stats import TensorStats
 
 HUGE = 1e6  # a finite activation or input beyond this is an explosion under way
+ABSURD_START = 4.0  # times the loss of guessing
 UNSCALED_INPUT = 10.0  # RMS
 UNSCALED_TARGET = 100.0
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
@@ -125,6 +126,15 @@ def loss_over_chance(evidence: Evidence) -> float | None:
     """Step 0's loss over the loss of guessing; None if either is unknown."""
     loss, chance = first_loss(evidence), evidence.facts.chance_loss
     return None if loss is None or not chance else loss / chance
+
+
+def absurd_start(evidence: Evidence) -> str | None:
+    """Says so if step 0's loss was far above that of guessing."""
+    ratio = loss_over_chance(evidence)
+    if ratio is None or ratio <= ABSURD_START:
+        return None
+    loss, chance = number(first_loss(evidence)), number(evidence.facts.chance_loss)
+    return f"Step 0, before any update, has loss {loss} where guessing has {chance}"
 
 
 def largest_signal(evidence: Evidence) -> float:

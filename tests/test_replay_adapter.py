@@ -184,6 +184,11 @@ def test_every_command_gives_the_configuration_that_was_replayed(run, init):
         assert typed == changed_config(run.config, change)
 
 
+def test_a_command_says_what_it_changes_even_to_the_default(run):
+    assert TrainConfig().lr == 0.01 != run.config.lr
+    assert "--lr 0.01" in run.command(Change("learning_rate", 0.01, "learning rate 0.01"))
+
+
 def test_each_change_changes_one_thing(run):
     kinds = {change.kind for change in all_changes(run, (1, 2))}
     assert kinds == {

@@ -106,6 +106,14 @@ UNUSUAL = (
     ),
     DataGone("vgg-data-gone", "learning_rate", {"lr": 10.0}, stage="forward", advice=UNPROVEN),
     Transient("vgg-transient", "hardware", advice=NONE, verdict="not_reproduced"),
+    # He's weights on pixels of +-128: a loss of 100 at step 0, and then dead units.
+    Finite(
+        "vgg-he-dead",
+        "init",
+        {"init": "he-normal", "lr": 1e-3, "seed": 2},
+        verdict="stalled",
+        steps=60,
+    ),
     Finite("vgg-stalled", "init", {"init": "normal:0.001"}, verdict="stalled", steps=80),
 )
 NATURAL = TOY + VGG + UNUSUAL

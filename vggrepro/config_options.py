@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Collection
 from typing import Any
 
 from diagnostics.errors import InputError
@@ -55,8 +56,12 @@ def option_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def command_line(config: TrainConfig) -> str:
-    """The `vggrepro train` command that gives this configuration, defaults left out."""
+def command_line(config: TrainConfig, said: Collection[str] = ()) -> str:
+    """The `vggrepro train` command that gives this configuration, defaults left out.
+
+    Args:
+      said: fields that are given all the same.
+    """
     words = ["vggrepro", "train"]
     for field in dataclasses.fields(TrainConfig):
         value = getattr(config, field.name)
@@ -65,7 +70,7 @@ def command_line(config: TrainConfig) -> str:
         if field.name == "scale_min":
             if {value, config.scale_max} != {_default_scale(config.image_size)}:
                 words += ["--scale", f"{value}:{config.scale_max}"]
-        elif value != field.default:
+        elif value != field.default or field.name in said:
             option = option_name(field.name)
             if isinstance(value, bool):
                 words.append(option if value else option.replace("--", "--no-", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,11 @@ class VggRun:
     def command(self, change: Change) -> str:
         if not counterfactual_changes.has_option(change):
             return ""
-        return command_line(counterfactual_changes.changed_config(self.config, change))
+        changed = counterfactual_changes.changed_config(self.config, change)
+        names = (field.name for field in dataclasses.fields(TrainConfig))
+        # What was changed is said even where it is the default.
+        said = {name for name in names if getattr(changed, name) != getattr(self.config, name)}
+        return command_line(changed, said)
 
     def environment(self) -> Mapping[str, Any]:
         return self._manifest.get("environment", {})
