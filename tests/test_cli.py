@@ -42,8 +42,9 @@ def trained(monkeypatch, tmp_path):
     """Replaces the trainer; returns what it was called with."""
     calls = SimpleNamespace(status="finished", error=None)
 
-    def train(config, run_dir, hooks, resume, strict):
+    def train(config, run_dir, hooks, resume, strict, recipe_name):
         calls.config, calls.run_dir, calls.resume, calls.strict = config, run_dir, resume, strict
+        calls.recipe_name = recipe_name
         if calls.error is not None:
             raise calls.error
         return SimpleNamespace(
@@ -269,9 +270,9 @@ def test_the_command_of_a_configuration_gives_that_configuration(
         ("", (37, 37)),
         ("--image-size 224", (256, 256)),
         ("--image-size 64 --scale 64", (64, 64)),
-        ("--recipe paper-D-256", (256, 256)),
-        ("--recipe paper-D-256 --scale 256:512", (256, 512)),
-        ("--recipe paper-D-256 --image-size 112", (128, 128)),
+        ("--recipe paper-A-256", (256, 256)),
+        ("--recipe paper-A-256 --scale 256:512", (256, 512)),
+        ("--recipe paper-A-256 --image-size 112", (128, 128)),
     ],
 )
 def test_the_scale_follows_the_image_size_unless_given(trained, options, scales):
@@ -280,7 +281,9 @@ def test_the_scale_follows_the_image_size_unless_given(trained, options, scales)
 
 
 def test_options_override_a_recipe(trained):
-    assert main("train --data . --recipe paper-E-256 --steps 10".split()) == 0
+    options = "--recipe paper-E-256 --init-from A --steps 10"
+    assert main(["train", "--data", ".", *options.split()]) == 0
+    assert trained.recipe_name == "paper-E-256" and trained.config.init_from.endswith("/A")
     assert (trained.config.arch, trained.config.width, trained.config.steps) == ("E", 1.0, 10)
 
 
@@ -364,7 +367,7 @@ def test_recipes_lists_and_shows(capsys):
     assert main(["recipes", "paper-D-256"]) == 0
     shown = capsys.readouterr().out
     assert "vggrepro train --recipe paper-D-256" in shown
-    assert "top-1 error 27.0 %, top-5 error 8.8 %" in shown
+    assert "Table 3 (dense, Q=256) 27.0/8.8" in shown
     assert re.search(r"^  init +normal:0.01 +interpretation$", shown, re.MULTILINE)
 
 

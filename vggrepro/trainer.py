@@ -31,6 +31,7 @@ from vggrepro.incident_report import save_incident
 from vggrepro.init_notes import init_note
 from vggrepro.keras_export import save_weights
 from vggrepro.model import Network, build_network
+from vggrepro.recipes import recipe_entries
 from vggrepro.run_directory import RunDirectory, check_free
 from vggrepro.run_facts import run_facts
 from vggrepro.step_metrics import StepMetrics
@@ -64,6 +65,7 @@ def train(
     hooks: Sequence[Hook] = (),
     resume: bool = False,
     strict: bool = False,
+    recipe_name: str = "",
 ) -> TrainResult:
     """Trains from step 0, or goes on from the last valid checkpoint.
 
@@ -74,6 +76,8 @@ def train(
       run_dir: must be new, or with `resume` an existing run.
       strict: refuse to start where the forecast says that the initialiser makes
         signal or gradient explode or vanish; without it that is a warning.
+      recipe_name: the recipe that the configuration came from; the manifest tags fields
+        that are not the recipe's as deviations.
 
     Raises:
       InputError: bad configuration or data, a run that cannot be resumed.
@@ -104,6 +108,7 @@ def train(
             forecast = _forecast(config, network, data, announce, strict, inherited.parameters)
             manifest = _first_manifest(config, network, data, device, forecast)
             manifest["inheritance"] = inherited.record
+            manifest |= recipe_entries(config, recipe_name)
             run = stack.enter_context(
                 RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
             )
@@ -154,7 +159,6 @@ def _first_manifest(
         "schema": _MANIFEST_SCHEMA,
         "status": "running",
         "steps": 0,
-        "config_origins": config.origins(),
         "parameter_count": network.parameter_count(),
         "data": data.record,
         "forecast": {"verdict": forecast.verdict, "reason": forecast.reason},

@@ -6,6 +6,8 @@ import argparse
 
 from vggrepro.recipes import RECIPES, Recipe, recipe
 
+_HEAD = ("recipe", "images", "FLOP", "hours", "at TFLOP/s")
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Declares the command and its options."""
@@ -22,12 +24,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the list, or one recipe."""
     if options.name is None:
-        width = max(map(len, RECIPES))
-        for entry in RECIPES.values():
-            print(f"{entry.name:<{width}}  {entry.purpose}")
+        print("\n".join(_list()))
     else:
         print("\n".join(_description(recipe(options.name))))
     return 0
+
+
+def _list() -> list[str]:
+    """A line of cost and two of words for each recipe."""
+    width = max(map(len, RECIPES))
+    lines = [f"{_HEAD[0]:<{width}}" + "".join(f"{word:>14}" for word in _HEAD[1:])]
+    for entry in RECIPES.values():
+        hours = f"{entry.hours:,.0f}" if entry.hours >= 10 else f"{entry.hours:.2f}"
+        cells = (f"{entry.images:,}", f"{entry.flop:.1e}", hours, f"{entry.rate / 1e12:g}")
+        lines.append(f"{entry.name:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"  {entry.purpose}")
+        lines.append(f"  expected: {entry.expected}")
+    return lines
 
 
 def _description(entry: Recipe) -> list[str]:

@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     resume = options.resume is not None
     config = _resumed_config(options) if resume else _new_config(options)
     run_dir = options.resume or options.run_dir or new_run_dir(config, datetime.now())
-    result = _train(_with_absolute_paths(config), run_dir, resume, options.strict)
+    named = options.recipe or ""
+    result = _train(_with_absolute_paths(config), run_dir, resume, options.strict, named)
     _print_summary(result)
     return INTERRUPTED if result.status == "interrupted" else 0
 
@@ -93,8 +94,16 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _new_config(options: argparse.Namespace) -> TrainConfig:
-    named = recipe(options.recipe).values if options.recipe else {}
-    return TrainConfig(**{**named, **given_values(options)})
+    given = given_values(options)
+    if not options.recipe:
+        return TrainConfig(**given)
+    named = recipe(options.recipe)
+    if named.source and "init_from" not in given:
+        raise InputError(
+            f"recipe {named.name} starts from a run of {named.source}",
+            "Give it: --init-from RUN_DIR; --init-from '' draws all weights, a deviation",
+        )
+    return TrainConfig(**{**named.values, **given})
 
 
 def _resumed_config(options: argparse.Namespace) -> TrainConfig:
@@ -114,14 +123,16 @@ def _resumed_config(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_dict({**values, **given})
 
 
-def _train(config: TrainConfig, run_dir: Path, resume: bool, strict: bool) -> TrainResult:
+def _train(
+    config: TrainConfig, run_dir: Path, resume: bool, strict: bool, named: str
+) -> TrainResult:
     from vggrepro.progress import ProgressDisplay
     from vggrepro.tensorboard_log import TensorBoardLog
     from vggrepro.trainer import train
 
     with ExitStack() as stack:
         hooks = [stack.enter_context(ProgressDisplay()), stack.enter_context(TensorBoardLog())]
-        return train(config, run_dir, hooks, resume=resume, strict=strict)
+        return train(config, run_dir, hooks, resume=resume, strict=strict, recipe_name=named)
 
 
 def _print_summary(result: TrainResult) -> None:
