@@ -32,7 +32,8 @@ from rich.table import Table
 
 from vggrepro.dataset import TrainingStream
 from vggrepro.environment import describe_environment
-from vggrepro.image_folder import ExampleIndex, index_folder
+from vggrepro.example_index import ExampleIndex
+from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.synthetic import ensure_synthetic
 
@@ -180,7 +181,7 @@ def with_pillow(index: ExampleIndex, size: Size) -> Run | None:
     random = np.random.default_rng(0)
 
     def one(path: str) -> np.ndarray:
-        image = Image.open(index.root / path).convert("RGB")
+        image = Image.open(f"{index.root}/{path}").convert("RGB")
         factor = size.scale / min(image.size)
         width, height = (round(side * factor) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from jpeg_samples import IMAGENET_COLOUR, jpeg, pixels, settings
 
 from diagnostics.errors import InputError
-from vggrepro.dataset import EvaluationStream, TrainingStream, shuffled
-from vggrepro.image_folder import ExampleIndex, find_bad_example, index_folder
+from vggrepro.dataset import EvaluationStream, TrainingStream
+from vggrepro.example_index import ExampleIndex
+from vggrepro.example_reader import find_bad_example
+from vggrepro.image_folder import index_folder
+from vggrepro.order import shuffled
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
 from vggrepro.synthetic import ensure_synthetic
 
@@ -38,7 +41,7 @@ def index(folder: Path) -> ExampleIndex:
 def imaginary_index(count: int) -> ExampleIndex:
     """Examples whose files need not exist: for questions of order alone."""
     paths = tuple(f"train/a/{i}.JPEG" for i in range(count))
-    return ExampleIndex(Path("/nowhere"), "train", paths, np.zeros(count, np.int32), ("a",), "")
+    return ExampleIndex("/nowhere", "train", paths, np.zeros(count, np.int32), ("a",), "")
 
 
 def same_bits(one: dict, other: dict) -> bool:
@@ -149,7 +152,7 @@ def test_augmentation_is_keyed_by_seed_epoch_and_example(index: ExampleIndex, se
         batch = stream.batch(step)
         for row in range(4):
             epoch, example = (step * 4 + row) // 15, int(batch["example_ids"][row])
-            data = (index.root / index.name_of(example)).read_bytes()
+            data = Path(index.location(example)).read_bytes()
             key = [fold_in(fold_in(seed, STREAM_AUGMENT), epoch), example]
             image = AUGMENTED.training_image(tf.constant(data), tf.constant(key, tf.int64))
             np.testing.assert_allclose(batch["images"][row], image, rtol=0, atol=1e-3)

@@ -10,7 +10,8 @@ import tensorflow as tf
 from jpeg_samples import jpeg, pixels
 
 from diagnostics.errors import InputError
-from vggrepro.image_folder import ExampleIndex, index_folder
+from vggrepro.example_index import ExampleIndex
+from vggrepro.image_folder import index_folder
 from vggrepro.statistics import ColourStatistics, training_statistics
 
 
@@ -32,7 +33,7 @@ def index(tmp_path: Path) -> ExampleIndex:
 def decoded(index: ExampleIndex) -> list[np.ndarray]:
     return [
         tf.io.decode_jpeg(
-            (index.root / path).read_bytes(), channels=3, dct_method="INTEGER_ACCURATE"
+            (Path(index.root) / path).read_bytes(), channels=3, dct_method="INTEGER_ACCURATE"
         )
         .numpy()
         .reshape(-1, 3)
@@ -105,7 +106,7 @@ def test_progress_reaches_the_end(index: ExampleIndex) -> None:
 
 
 def test_damaged_image_is_named(index: ExampleIndex) -> None:
-    bad = index.root / index.name_of(4)
+    bad = Path(index.location(4))
     bad.write_bytes(bad.read_bytes()[:200])
     with pytest.raises(InputError, match=f"{bad}: truncated"):
         training_statistics(index)

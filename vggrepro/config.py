@@ -18,6 +18,7 @@ from diagnostics.errors import InputError
 ARCHITECTURES = ("A", "A-LRN", "B", "C", "D", "E")
 INITIALIZERS = ("glorot-uniform", "glorot-normal", "he-normal", "he-uniform")
 PRECISIONS = ("float32", "bfloat16", "float16")
+SHUFFLE_RUN = 64  # records read in one go; changing it changes every window order
 STRATEGIES = ("auto", "cpu", "mirrored", "multiworker", "tpu")
 
 
@@ -76,6 +77,12 @@ class TrainConfig:
         "exact: decode the whole image; fast: only the window that the crop needs",
         silent="same pixels within the tolerance that the tests state",
     )
+    order: str = _setting(
+        "full",
+        "shuffling of an epoch; full, or window:N: among N examples at a time, for shards on "
+        "remote or spinning storage",
+        silent="the paper does not say how it shuffles",
+    )
     batch_size: int = _setting(32, "examples a step, over all replicas", paper=(256,))
     steps: int = _setting(600, "training steps (the paper's iterations)", paper=(370_000,))
     lr: float = _setting(0.01, "initial learning rate", paper=(0.01, 0.001))
@@ -119,6 +126,7 @@ class TrainConfig:
         _check_choice("decode", self.decode, ("exact", "fast"))
         _check_choice("momentum_form", self.momentum_form, ("caffe", "pytorch"))
         parse_init(self.init)
+        window_of(self.order)
         for name in ("image_size", "batch_size", "steps", "checkpoint_every", "keep_checkpoints"):
             _check(name, getattr(self, name) >= 1, getattr(self, name), "must be at least 1")
         for name in (
@@ -198,6 +206,24 @@ def parse_init(text: str) -> tuple[str, float]:
     raise InputError(
         f"init '{text}' is not an initialiser",
         "Use normal:STD (as normal:0.01) or one of " + ", ".join(INITIALIZERS),
+    )
+
+
+def window_of(order: str) -> int:
+    """The N of the order 'window:N'; 0 for 'full'.
+
+    Raises:
+      InputError: it is neither, or N is no positive multiple of SHUFFLE_RUN.
+    """
+    kind, _, number = order.partition(":")
+    if order == "full":
+        return 0
+    number = number if kind == "window" and number.isdecimal() else "0"
+    if int(number) > 0 and int(number) % SHUFFLE_RUN == 0:
+        return int(number)
+    raise InputError(
+        f"order '{order}' is neither full nor window:N with N a multiple of {SHUFFLE_RUN}",
+        "Use full, or window:2048 for remote or spinning storage",
     )
 
 

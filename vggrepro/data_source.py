@@ -13,9 +13,13 @@ import tensorflow as tf
 from diagnostics.errors import InputError, ToolError
 from vggrepro.config import TrainConfig
 from vggrepro.dataset import Batch, EvaluationStream, TrainingStream
-from vggrepro.image_folder import ExampleIndex, find_bad_example, index_folder
+from vggrepro.example_index import ExampleIndex
+from vggrepro.example_reader import find_bad_example
+from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
+from vggrepro.shards import holds_shards, index_shards
 from vggrepro.statistics import ColourStatistics, training_statistics
+from vggrepro.storage import is_url
 
 STATISTICS_FILE = "vggrepro-statistics.json"
 
@@ -85,8 +89,8 @@ def open_data(
       InputError: the directory is not in the ILSVRC layout, a file cannot be
         read, or the data differs from what the run was started on.
     """
-    root = Path(config.data)
-    train, validation = index_folder(root, "train"), index_folder(root, "val")
+    root = config.data
+    train, validation = open_index(root, "train"), open_index(root, "val")
     fingerprints = {"train": train.fingerprint, "val": validation.fingerprint}
     if recorded is not None and recorded["fingerprints"] != fingerprints:
         raise InputError(
@@ -109,7 +113,7 @@ def open_data(
         colour_components=colours.colour_components,
     )
     return DataSource(
-        TrainingStream(train, preprocessing, config.batch_size, config.seed),
+        TrainingStream(train, preprocessing, config.batch_size, config.seed, config.order),
         EvaluationStream(validation, preprocessing, config.batch_size),
         {
             "fingerprints": fingerprints,
@@ -121,8 +125,22 @@ def open_data(
     )
 
 
-def _measured(root: Path, train: ExampleIndex, announce: Callable[[str], None]) -> ColourStatistics:
-    announce(f"mean RGB and colour covariance of {len(train):,} training images")
+def open_index(root: str | os.PathLike[str], split: str) -> ExampleIndex:
+    """The examples of a split of a directory of shards or of images, local or a URL.
+
+    Raises:
+      InputError: it is neither, or damaged.
+    """
+    return index_shards(root, split) if holds_shards(root) else index_folder(root, split)
+
+
+def statistics_cache(root: str | os.PathLike[str]) -> Path | None:
+    """Where the colour statistics of a data directory are kept; None: it is not writable."""
     # Data directories are often mounted read-only; the manifest keeps the numbers too.
-    cache = root / STATISTICS_FILE if os.access(root, os.W_OK) else None
-    return training_statistics(train, cache)
+    writable = not is_url(root) and os.access(root, os.W_OK)
+    return Path(root) / STATISTICS_FILE if writable else None
+
+
+def _measured(root: str, train: ExampleIndex, announce: Callable[[str], None]) -> ColourStatistics:
+    announce(f"mean RGB and colour covariance of {len(train):,} training images")
+    return training_statistics(train, statistics_cache(root))

@@ -1,10 +1,12 @@
 """Examples by index: any step's batch, without reading the ones before it.
 
 Row r of step k is position p = k * batch_size + r. Epoch e = p // n is a stateless
-permutation of the n examples, keyed by (run seed, STREAM_ORDER, e); position p takes
-its element p % n. Batches run across the ends of epochs, so each example comes exactly
-once an epoch and none is dropped. Augmentation is keyed by (run seed, STREAM_AUGMENT,
-e, example). No Python function runs inside the tf.data graph.
+permutation of the n examples (`vggrepro.order`), keyed by (run seed, STREAM_ORDER, e);
+position p takes its element p % n. Batches run across the ends of epochs, so each example
+comes exactly once an epoch and none is dropped. Augmentation is keyed by (run seed,
+STREAM_AUGMENT, e, example). Of several replicas each takes an equal run of the rows, so
+the batch of a step is the same whatever their number. No Python function runs inside the
+tf.data graph.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import tensorflow as tf
 
-from vggrepro.image_folder import ExampleIndex
+from diagnostics.errors import InputError
+from vggrepro.example_index import ExampleIndex
+from vggrepro.example_reader import example_reader
+from vggrepro.order import WindowShuffle, example_order
 from vggrepro.preprocessing import Preprocessing
-from vggrepro.rng import STREAM_AUGMENT, STREAM_ORDER, fold_in, fold_in_tensor
+from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
+from vggrepro.window_reader import window_records
 
 Batch = dict[str, tf.Tensor]
 
@@ -24,26 +31,41 @@ Batch = dict[str, tf.Tensor]
 class TrainingStream:
     """Augmented training batches, by step.
 
-    A batch is {"images": float32 [B, s, s, 3], "labels": int32 [B], "example_ids": int64 [B]}.
+    A batch is {"images": float32 [b, s, s, 3], "labels": int32 [b], "example_ids": int64 [b]}
+    with b = B / replicas.
 
     Args:
       index: the training split.
       preprocessing: settings and statistics.
-      batch_size: examples a step, B.
+      batch_size: examples a step over all replicas, B.
       seed: the run's seed.
+      order: 'full' or 'window:N'.
+      replica, replicas: which part of every batch this is.
+    Raises:
+      InputError: the batch cannot be divided, or the order does not fit the data.
     """
 
     def __init__(
-        self, index: ExampleIndex, preprocessing: Preprocessing, batch_size: int, seed: int
+        self,
+        index: ExampleIndex,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        seed: int,
+        order: str = "full",
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         self.index = index
         self.preprocessing = preprocessing
         self.batch_size = batch_size
-        self._files = _Files(index)
-        self._order_key = fold_in(seed, STREAM_ORDER)
+        self._rows = replica_rows(batch_size, replica, replicas)
+        self._reader = example_reader(index)
+        self._order = example_order(index, order, seed)
         self._augment_key = fold_in(seed, STREAM_AUGMENT)
         self._one_batch = tf.function(
-            lambda step: self._batches(step, step + 1).get_single_element(),
+            lambda step: self._batches(
+                self._reader.attach(self._planned(step, step + 1))
+            ).get_single_element(),
             input_signature=[tf.TensorSpec([], tf.int64)],
         )
 
@@ -53,7 +75,8 @@ class TrainingStream:
 
     def stream(self, first_step: int) -> tf.data.Dataset:
         """An endless dataset of the batches from `first_step` on, prefetched."""
-        return self._batches(tf.constant(first_step, tf.int64), tf.int64.max).prefetch(2)
+        rows = self._planned(tf.constant(first_step, tf.int64), tf.int64.max)
+        return self._batches(self._read_ahead(rows, first_step)).prefetch(2)
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
@@ -63,61 +86,74 @@ class TrainingStream:
         """Path of an example, relative to the data directory."""
         return self.index.name_of(example_id)
 
-    def _batches(self, first_step: tf.Tensor, end_step: tf.Tensor | int) -> tf.data.Dataset:
-        rows = tf.data.Dataset.range(first_step, end_step).map(self._plan).unbatch()
+    def _planned(self, first_step: tf.Tensor, end_step: tf.Tensor | int) -> tf.data.Dataset:
+        return tf.data.Dataset.range(first_step, end_step).map(self._plan).unbatch()
+
+    def _read_ahead(self, rows: tf.data.Dataset, first_step: int) -> tf.data.Dataset:
+        """`rows` with their bytes: window by window where all rows of a window are taken."""
+        whole = len(self._rows) == self.batch_size
+        if not (whole and isinstance(self._order, WindowShuffle) and self.index.records):
+            return self._reader.attach(rows)
+        data = window_records(self._order, self.index.records, first_step * self.batch_size)
+        return tf.data.Dataset.zip((rows, data)).map(lambda row, data: {**row, "data": data})
+
+    def _batches(self, rows: tf.data.Dataset) -> tf.data.Dataset:
         examples = rows.map(self._example, num_parallel_calls=_threads(), deterministic=True)
-        return _with_options(examples.batch(self.batch_size, drop_remainder=True))
+        return _with_options(examples.batch(len(self._rows), drop_remainder=True))
 
     def _plan(self, step: tf.Tensor) -> Batch:
-        """What a step's rows read and how they are augmented; each value is [B, ...]."""
-        positions = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
+        """What a step's rows read and how they are augmented; each value is [b, ...]."""
+        rows = tf.range(self._rows.start, self._rows.stop, dtype=tf.int64)
+        positions = step * self.batch_size + rows
         epochs = positions // len(self.index)
-        example_ids = shuffled(
-            positions % len(self.index), fold_in_tensor(self._order_key, epochs), len(self.index)
-        )
+        example_ids = self._order.example_ids(epochs, positions % len(self.index))
         seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
-        return {"example_ids": example_ids, "seeds": seeds, **self._files.look_up(example_ids)}
+        return {"example_ids": example_ids, "seeds": seeds, **self._reader.look_up(example_ids)}
 
     def _example(self, row: Batch) -> Batch:
-        jpeg = tf.io.read_file(row["paths"])
         return {
-            "images": self.preprocessing.training_image(jpeg, row["seeds"]),
+            "images": self.preprocessing.training_image(self._reader.jpeg(row), row["seeds"]),
             "labels": row["labels"],
             "example_ids": row["example_ids"],
         }
 
 
-def shuffled(indices: tf.Tensor, seeds: tf.Tensor, count: int) -> tf.Tensor:
-    """Element `indices[i]` of the permutation of range(count) that `seeds[i]` names.
+def replica_rows(batch_size: int, replica: int, replicas: int) -> range:
+    """The rows of every batch that one of several replicas takes.
 
-    Args:
-      indices: int64 [n], each in [0, count).
-      seeds: int64 [n], each in [0, 2^63) and hashed (`fold_in`): the op gives related
-        seeds related permutations.
-    Returns:
-      int64 [n].
+    Raises:
+      InputError: the batch cannot be divided evenly.
     """
-    low, high = seeds % 2**32, seeds // 2**32  # the op takes three words of 32 bits
-    return tf.raw_ops.RandomIndexShuffle(
-        index=indices,
-        seed=tf.stack([low, high, tf.zeros_like(low)], axis=1),
-        max_index=tf.constant(count - 1, tf.int64),
-        rounds=4,
-    )
+    if batch_size % replicas:
+        raise InputError(
+            f"batch size {batch_size} cannot be divided among {replicas} replicas",
+            f"Choose a multiple of {replicas}",
+        )
+    share = batch_size // replicas
+    return range(replica * share, (replica + 1) * share)
 
 
 class EvaluationStream:
     """Centre crops of every example exactly once, in order; iterate as often as you like.
 
-    A batch is a training batch plus {"weights": float32 [B]}: 1, or 0 for the rows that
-    pad the last batch (their image is zero, their label 0, their example id -1).
+    A batch is a training batch plus {"weights": float32 [b]}: 1, or 0 for the rows that
+    pad the last batch (their image is zero, their label 0, their example id -1). Of several
+    replicas each takes an equal run of the rows of every batch.
     """
 
-    def __init__(self, index: ExampleIndex, preprocessing: Preprocessing, batch_size: int) -> None:
+    def __init__(
+        self,
+        index: ExampleIndex,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        replica: int = 0,
+        replicas: int = 1,
+    ) -> None:
         self.index = index
         self.preprocessing = preprocessing
         self.batch_size = batch_size
-        self._files = _Files(index)
+        self._rows = replica_rows(batch_size, replica, replicas)
+        self._reader = example_reader(index)
         self._dataset = self._batches()
 
     def __len__(self) -> int:
@@ -135,7 +171,9 @@ class EvaluationStream:
         return self._dataset
 
     def _batches(self) -> tf.data.Dataset:
-        examples = tf.data.Dataset.range(len(self.index)).map(
+        ids = self._example_ids()
+        rows = tf.data.Dataset.from_tensor_slices(ids[ids < len(self.index)]).map(self._plan)
+        examples = self._reader.attach(rows).map(
             self._example, num_parallel_calls=_threads(), deterministic=True
         )
         side = self.preprocessing.image_size
@@ -145,45 +183,33 @@ class EvaluationStream:
             "example_ids": tf.constant(-1, tf.int64),
             "weights": tf.constant(0.0),
         }
-        missing = len(self) * self.batch_size - len(self.index)
+        missing = int((ids >= len(self.index)).sum())
         padded = examples.concatenate(tf.data.Dataset.from_tensors(padding).repeat(missing))
-        return _with_options(padded.batch(self.batch_size, drop_remainder=True)).prefetch(2)
+        return _with_options(padded.batch(len(self._rows), drop_remainder=True)).prefetch(2)
 
-    def _example(self, example_id: tf.Tensor) -> Batch:
-        row = self._files.look_up(example_id)
+    def _example_ids(self) -> np.ndarray:
+        """Rising ids of this replica's rows; those of padding are beyond the last example."""
+        firsts = np.arange(len(self), dtype=np.int64) * self.batch_size
+        return (firsts[:, None] + np.array(self._rows)).reshape(-1)
+
+    def _plan(self, example_id: tf.Tensor) -> Batch:
+        return {"example_ids": example_id, **self._reader.look_up(example_id)}
+
+    def _example(self, row: Batch) -> Batch:
         side = self.preprocessing.evaluation_side
         return {
-            "images": self.preprocessing.evaluation_image(tf.io.read_file(row["paths"]), side),
+            "images": self.preprocessing.evaluation_image(self._reader.jpeg(row), side),
             "labels": row["labels"],
-            "example_ids": example_id,
+            "example_ids": row["example_ids"],
             "weights": tf.constant(1.0),
         }
 
 
 def example_files(index: ExampleIndex) -> tf.data.Dataset:
-    """The content of every file (scalar strings), in the order of the index."""
-    files = _Files(index)
-    return tf.data.Dataset.range(len(index)).map(
-        lambda example_id: tf.io.read_file(files.look_up(example_id)["paths"]),
-        num_parallel_calls=_threads(),
-        deterministic=True,
-    )
-
-
-class _Files:
-    """Paths and labels as captured tensors: a graph constant may not exceed 2 GB."""
-
-    def __init__(self, index: ExampleIndex) -> None:
-        with tf.device("CPU:0"):  # where the pipeline runs, whatever the default device
-            self._paths = tf.constant([f"{index.root}/{path}" for path in index.paths])
-            self._labels = tf.constant(index.labels)
-
-    def look_up(self, example_ids: tf.Tensor) -> Batch:
-        """Absolute paths (string) and labels (int32) of examples, of the ids' shape."""
-        return {
-            "paths": tf.gather(self._paths, example_ids),
-            "labels": tf.gather(self._labels, example_ids),
-        }
+    """The content of every example (scalar strings), in the order of the index."""
+    reader = example_reader(index)
+    rows = tf.data.Dataset.range(len(index)).map(reader.look_up)
+    return reader.attach(rows).map(reader.jpeg, num_parallel_calls=_threads(), deterministic=True)
 
 
 def _threads() -> int:

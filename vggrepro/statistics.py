@@ -21,7 +21,8 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.dataset import example_files
-from vggrepro.image_folder import ExampleIndex, find_bad_example
+from vggrepro.example_index import ExampleIndex
+from vggrepro.example_reader import find_bad_example
 
 Matrix = tuple[tuple[float, float, float], ...]
 

@@ -1,0 +1,175 @@
+"""The bytes of examples, in the tf.data graph and outside of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+import tensorflow as tf
+
+from diagnostics.errors import InputError
+from vggrepro.example_index import ExampleIndex, RecordTable
+from vggrepro.storage import read_bytes
+
+Rows = dict[str, tf.Tensor]
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+
+
+class FileReader:
+    """Examples that are files. Tables are captured: a graph constant may not exceed 2 GB."""
+
+    def __init__(self, index: ExampleIndex) -> None:
+        with tf.device("CPU:0"):  # where the pipeline runs, whatever the default device
+            self._labels = tf.constant(index.labels)
+            self._paths = tf.constant([index.location(i) for i in range(len(index))])
+
+    def look_up(self, example_ids: tf.Tensor) -> Rows:
+        """What reading these examples takes, and "labels" (int32); of the ids' shape."""
+        return {
+            "paths": tf.gather(self._paths, example_ids),
+            "labels": tf.gather(self._labels, example_ids),
+        }
+
+    def attach(self, rows: tf.data.Dataset) -> tf.data.Dataset:
+        """Rows of `look_up`, one example each, made ready for `jpeg`; order is kept."""
+        return rows
+
+    def jpeg(self, row: Rows) -> tf.Tensor:
+        """The bytes of one example, scalar string."""
+        return tf.io.read_file(row["paths"])
+
+
+class RecordReader:
+    """Examples that are records of shards, each read by its offset."""
+
+    def __init__(self, index: ExampleIndex, records: RecordTable) -> None:
+        with tf.device("CPU:0"):
+            self._labels = tf.constant(index.labels)
+            self._files = tf.constant(records.files)
+            self._shard = tf.constant(records.shard)
+            self._offset = tf.constant(records.offset)
+
+    def look_up(self, example_ids: tf.Tensor) -> Rows:
+        """As `FileReader.look_up`."""
+        return {
+            "files": tf.gather(self._files, tf.gather(self._shard, example_ids)),
+            "offsets": tf.gather(self._offset, example_ids),
+            "labels": tf.gather(self._labels, example_ids),
+        }
+
+    def attach(self, rows: tf.data.Dataset) -> tf.data.Dataset:
+        """As `FileReader.attach`: reads the records, a few at a time, in order.
+
+        Not in a parallel map: op determinism, which training turns on, would make a map
+        that reads records serial; interleaved record datasets it leaves parallel.
+        """
+        threads = os.cpu_count() or 1
+        records = rows.interleave(
+            lambda row: record_dataset(row["files"], row["offsets"]).take(1),
+            cycle_length=threads,
+            num_parallel_calls=threads,
+            deterministic=True,
+        )
+        return tf.data.Dataset.zip((rows, records)).map(lambda row, data: {**row, "data": data})
+
+    def jpeg(self, row: Rows) -> tf.Tensor:
+        """As `FileReader.jpeg`."""
+        return row["data"]
+
+
+def example_reader(index: ExampleIndex) -> FileReader | RecordReader:
+    """The reader of whatever the examples are stored in."""
+    return FileReader(index) if index.records is None else RecordReader(index, index.records)
+
+
+class _RecordDataset(tf.data.Dataset):
+    def __init__(self, variant: tf.Tensor) -> None:
+        super().__init__(variant)
+
+    @property
+    def element_spec(self) -> tf.TensorSpec:
+        return tf.TensorSpec([], tf.string)
+
+    def _inputs(self) -> list[tf.data.Dataset]:
+        return []
+
+
+def record_dataset(files: tf.Tensor, offsets: tf.Tensor, buffer: int = 0) -> tf.data.Dataset:
+    """The records of shards from byte offsets on (`tf.data.TFRecordDataset` has no offsets).
+
+    Args:
+      files: string, scalar or [m], read one after the other.
+      offsets: int64 of the same shape, where to start in each.
+      buffer: bytes to read at a time; 0: record by record.
+    """
+    return _RecordDataset(
+        tf.raw_ops.TFRecordDatasetV2(
+            filenames=tf.reshape(files, [-1]),
+            compression_type="",
+            buffer_size=tf.constant(buffer, tf.int64),
+            byte_offsets=tf.reshape(offsets, [-1]),
+        )
+    )
+
+
+def stored_records(file: str, offset: int, buffer: int = 0) -> Iterator[bytes]:
+    """The records of one shard from a byte offset on, outside of any graph.
+
+    Raises:
+      tf.errors.OpError: a record is damaged, or the shard missing.
+    """
+    start = tf.data.Dataset.from_tensors((file, tf.constant(offset, tf.int64)))
+    # Inside a function: TensorFlow 2.21 loses the offsets of an outermost dataset.
+    records = start.flat_map(lambda name, place: record_dataset(name, place, buffer))
+    return iter(records.as_numpy_iterator())
+
+
+def read_example(index: ExampleIndex, example_id: int) -> bytes:
+    """The bytes of one example.
+
+    Raises:
+      InputError: it cannot be read; says why, and names it.
+    """
+    records = index.records
+    if records is None:
+        return read_bytes(index.location(example_id))
+    file = records.files[records.shard[example_id]]
+    try:
+        return next(stored_records(file, records.offset[example_id]))
+    except (tf.errors.OpError, StopIteration) as error:
+        raise InputError(
+            f"{index.location(example_id)}: the record is damaged or missing",
+            f"Build the shards again; `vggrepro data check {index.root}` lists all damage",
+        ) from error
+
+
+def find_bad_example(index: ExampleIndex, example_ids: Iterable[int]) -> InputError | None:
+    """Says which of the examples cannot be decoded, and why; None: all can.
+
+    For use after a pipeline failed: it decodes them one by one, whole.
+    """
+    for example_id in example_ids:
+        if example_id < 0:  # padding of the last evaluation batch
+            continue
+        try:
+            fault = image_fault(read_example(index, int(example_id)))
+        except InputError as error:
+            return error
+        if fault:
+            return InputError(
+                f"{index.location(int(example_id))}: {fault}", "Replace the image or delete it"
+            )
+    return None
+
+
+def image_fault(content: bytes) -> str:
+    """What keeps bytes from being used as an image; '' if nothing does."""
+    if not content:
+        return "the file is empty"
+    try:
+        tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE")
+    except tf.errors.InvalidArgumentError:
+        is_jpeg = content.startswith(_JPEG_MAGIC)
+        return "truncated or damaged JPEG data" if is_jpeg else "not a JPEG file"
+    return ""

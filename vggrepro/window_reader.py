@@ -1,0 +1,72 @@
+"""The records of a window order, read as a few long runs instead of one by one.
+
+A window's bytes are in memory while it is being used, and the next one's while it is
+being read: twice the window times the size of an image.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from vggrepro.config import SHUFFLE_RUN
+from vggrepro.example_index import RecordTable
+from vggrepro.example_reader import record_dataset
+from vggrepro.order import WindowShuffle
+
+_BUFFER = 2**20  # bytes at a time; runs lie far apart
+
+
+def window_records(
+    order: WindowShuffle, records: RecordTable, first_position: int
+) -> tf.data.Dataset:
+    """The bytes at every position from `first_position` on, endless; scalar strings."""
+    windows_of_epoch = -(-order.count // order.window)
+    epoch, place = divmod(first_position, order.count)
+    first_window = epoch * windows_of_epoch + place // order.window
+    runs = _Runs(order, records)
+    loaded = (
+        tf.data.Dataset.range(first_window, tf.int64.max)
+        .map(lambda number: (number // windows_of_epoch, number % windows_of_epoch))
+        .flat_map(runs.window)
+        .prefetch(1)
+    )
+    return loaded.unbatch().skip(place % order.window)
+
+
+class _Runs:
+    """Where the runs of a window lie; tables by place in storage."""
+
+    def __init__(self, order: WindowShuffle, records: RecordTable) -> None:
+        self._order = order
+        by_place = records.ids_in_storage_order
+        shard = records.shard[by_place]
+        # A run may go on in the next shards, at worst in so many:
+        shortest = min(int((shard == s).sum()) for s in range(len(records.files)))
+        self._span = min(len(records.files), SHUFFLE_RUN // max(shortest, 1) + 2)
+        with tf.device("CPU:0"):
+            self._files = tf.constant(records.files)
+            self._shard = tf.constant(shard, tf.int64)
+            self._offset = tf.constant(records.offset[by_place])
+
+    def window(self, epoch: tf.Tensor, window: tf.Tensor) -> tf.data.Dataset:
+        """One element, string [size of the window]: its records in the order of training."""
+        order = self._order
+        first = window * order.window
+        places = tf.range(first, tf.minimum(first + order.window, order.count))
+        epochs = tf.fill(tf.shape(places), epoch)
+        found = order.records(epochs, places)
+        # A run is read in one go, except where it passes the end of the last shard.
+        heads = tf.where((places % SHUFFLE_RUN == 0) | (found == 0))[:, 0]
+        ends = tf.concat([heads[1:], [tf.size(places, tf.int64)]], 0)
+        runs = tf.data.Dataset.from_tensor_slices((tf.gather(found, heads), ends - heads))
+        size = tf.size(places, tf.int64)
+        data = runs.flat_map(self._read).batch(size, drop_remainder=True)
+        return data.map(lambda strings: tf.gather(strings, order.within(epochs, places) - first))
+
+    def _read(self, place: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+        """`count` records from a place on, which may go on in the next shards."""
+        shard = self._shard[place]
+        last = tf.cast(tf.size(self._files), tf.int64) - 1
+        shards = tf.minimum(shard + tf.range(self._span, dtype=tf.int64), last)
+        offsets = tf.concat([[self._offset[place]], tf.zeros([self._span - 1], tf.int64)], 0)
+        return record_dataset(tf.gather(self._files, shards), offsets, _BUFFER).take(count)
