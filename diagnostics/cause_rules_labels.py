@@ -23,7 +23,7 @@ from diagnostics.signals import (
 from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
 
 _DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
-_PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce", "nll", "kl")
+_PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 
 
 def label_findings(evidence: Evidence) -> Iterator[Finding]:
@@ -51,9 +51,11 @@ def _label_range(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("labels", 7.0, f"{text}(0 to {classes - 1}){hint}")
         return
     if _beyond_probability(evidence):
+        loss = scalar_column(evidence.telemetry, "loss")
+        below = loss is not None and bool((loss < 0).any())  # no cross-entropy is
         yield Finding(
             "labels",
-            5.0,
+            8.0 if below else 5.0,
             f"The loss '{evidence.facts.loss}' takes labels between 0 and 1, and these run "
             f"from {number(low)} to {number(high)}: it has no lower bound then",
         )
@@ -136,3 +138,6 @@ def _unscaled_targets(evidence: Evidence) -> Iterator[Finding]:
         min(4.0, 0.9 * (math.log10(rms) - 1.0)),
         f"The targets '{name}' are not scaled: RMS {number(rms)}{began}",
     )
+    for result in evidence.tried("target_scale"):
+        survived = f"With {result.change} the same steps survive" if result.survived else ""
+        yield Finding("data", 2.0 if result.survived else -2.0, survived)

@@ -15,13 +15,13 @@ from diagnostics.report_words import number, plural
 from diagnostics.signals import (
     HUGE,
     half_precision,
+    in_recurrence,
     largest_signal,
     out_of_nowhere,
     unscaled,
 )
 from diagnostics.telemetry_view import overwritten, preactivations_of_row
 
-_RECURRENT = ("RNN", "LSTM", "GRU")
 _UNBOUNDED_ACTIVATIONS = ("exp", "exponential")
 
 
@@ -80,11 +80,14 @@ def _broken_weights(evidence: Evidence, broken: dict) -> str:
 
 
 def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
-    fault = domain_fault(first, half_precision(evidence))
+    half = half_precision(evidence)
+    fault = domain_fault(first, half)
     if fault is None:
         return
     kind = _owner(evidence, first)
     sane = _sanity(evidence, fault)
+    if half and any(one.value == "float32" for one in evidence.survivors("precision")):
+        sane *= 0.4  # the formula is sound where numbers are not rounded to 0 or infinity
     where = f"layer {first.layer}" if first.layer else "the model"
     if kind == "loss_formula":
         where = "the loss"
@@ -97,14 +100,29 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
     if sane == 1.0:
         sentence += f"; what goes into it is no larger than {number(fault.magnitude)}"
     yield Finding(kind, 4.5 * sane, sentence)
-    if half_precision(evidence) and any(given.nonfinite for given in first.inputs):
+    if half and any(given.nonfinite for given in first.inputs):
         yield Finding(
             "precision",
             5.0,
             "In float16, which ends at 65504, a constant such as -1e9 is itself infinite",
         )
-    for survivor in evidence.survivors("loss_formula"):
-        yield Finding(kind, 3.0, f"With {survivor.change} the same steps stay finite")
+    for survivor in (*evidence.survivors("loss_formula"), *evidence.survivors("domain")):
+        yield Finding(kind, 3.0 * sane, f"With {survivor.change} the same steps stay finite")
+    yield from _unbounded_output(evidence, kind)
+
+
+def _unbounded_output(evidence: Evidence, kind: str) -> Iterator[Finding]:
+    """Which layer feeds the loss, where nothing keeps its output between 0 and 1."""
+    layers = [e for e in evidence.facts.layers if e.weight is not None or e.activation]
+    if kind != "loss_formula" or not layers:
+        return
+    last = layers[-1]
+    if last.activation not in ("sigmoid", "softmax"):
+        plain = last.activation in (None, "linear")
+        ends = "has no activation" if plain else f"ends in {last.activation}"
+        range_ = "0" if last.activation == "relu" else "any number"
+        sentence = f"The loss is fed by {last.name}, which {ends}: its output may be {range_}"
+        yield Finding(kind, 0.1, sentence)
 
 
 def _out_of_nowhere(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
@@ -181,12 +199,8 @@ def _unbounded_activation(evidence: Evidence) -> Iterator[Finding]:
 
 def _recurrence(evidence: Evidence) -> Iterator[Finding]:
     """A recurrent layer multiplies its state by the same weights at every time step."""
-    first = evidence.first_nonfinite
-    kinds = {layer.name: layer.kind for layer in evidence.facts.layers}
-    kind = kinds.get(first.layer or "", "") if first is not None else ""
-    if first is None or first.stage not in ("forward", "backward"):
-        return
-    if any(word in kind for word in _RECURRENT):
+    first, kind = evidence.first_nonfinite, in_recurrence(evidence)
+    if kind and first is not None and first.stage in ("forward", "backward"):
         yield Finding(
             "architecture",
             2.5,

@@ -21,6 +21,7 @@ from diagnostics.protocol import (
     Batch,
     Change,
     Program,
+    RepairsFormulas,
     ReplayableRun,
     RunFacts,
     State,
@@ -255,6 +256,8 @@ class _Session:
     def _changes(self, evidence: Evidence) -> list[Change]:
         place = evidence.first_nonfinite
         changes = list(self._run.changes(self._step, place.examples if place else ()))
+        if place is not None and isinstance(self._run, RepairsFormulas):
+            changes += self._run.formula_changes(place)
         rate = self._run.facts.learning_rate
         if evidence.verdict == "stalled":
             changes = [c for c in changes if c.kind in ("init", "init_scale", "input_scale")]

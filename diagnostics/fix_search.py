@@ -13,14 +13,14 @@ from diagnostics.replay import nearest_state
 
 # Causes and the kinds of change that answer them, best first.
 ANSWERS = {
-    "data": ("without_examples", "input_scale"),
-    "labels": ("without_examples",),
+    "data": ("without_examples", "finite_inputs", "input_scale", "target_scale"),
+    "labels": ("without_examples", "shift_labels", "target_scale"),
     "init": ("init", "init_scale"),
-    "learning_rate": ("learning_rate", "warmup", "clip_norm"),
-    "loss_formula": ("loss_formula",),
+    "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),
+    "loss_formula": ("loss_formula", "domain"),
     "precision": ("precision", "optimizer_epsilon"),
-    "optimizer": ("optimizer_epsilon", "learning_rate", "clip_norm"),
-    "architecture": ("init", "learning_rate", "clip_norm"),
+    "optimizer": ("optimizer_setting", "optimizer_epsilon", "learning_rate", "clip_norm"),
+    "architecture": ("domain", "init", "learning_rate", "clip_norm"),
 }
 _BARELY_ALIVE = 2.0  # times the loss of guessing: survived, but others are better advice
 _USUAL_MARGIN = 8  # steps beyond the failing one, or as many again as it took

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from diagnostics.errors import InputError
+from diagnostics.keras_data_changes import DATA_CHANGES, data_changes, data_command
 from diagnostics.keras_names import LayerNames
 from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 
-LARGE_INPUT = 20.0
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
 EPSILON = 1e-7
 # Losses that take probabilities and can be told to take logits.
@@ -42,13 +42,11 @@ def candidates(
         found.append(
             Change("without_examples", tuple(suspects), f"without example {names}", rank=0)
         )
+    found += data_changes(batch, facts)
     found += _formula_changes(model, failed)
     found += _precision_changes(facts, failed)
+    found += _setting_changes(model)
     found += _rate_changes(model, facts, step)
-    scale = input_divisor(batch)
-    if scale is not None:
-        label = f"inputs divided by {scale:g}"
-        found.append(Change("input_scale", 1.0 / scale, label, rank=2))
     if has_start and any(layer.weight for layer in facts.layers):
         for rank, name in ((2, "glorot_uniform"), (2, "he_normal")):
             found.append(Change("init", name, f"init {name}", from_start=True, rank=rank))
@@ -56,14 +54,39 @@ def candidates(
     return found
 
 
+def _setting_changes(model: Any) -> list[Change]:
+    """Optimizer settings that no run survives, back in their range."""
+    optimizer = inner_optimizer(model)
+    found = []
+    for name, usual in (("momentum", 0.9), ("beta_1", 0.9), ("beta_2", 0.999), ("rho", 0.9)):
+        value = getattr(optimizer, name, None)
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            label = f"{name} {usual:g}"
+            found.append(Change("optimizer_setting", (name, usual), label, rank=1))
+    decay = getattr(optimizer, "weight_decay", None)
+    if isinstance(decay, (int, float)) and decay:
+        change = Change("optimizer_setting", ("weight_decay", None), "no weight decay", rank=1)
+        found.append(change)
+    return found
+
+
 def _rate_changes(model: Any, facts: RunFacts, step: int) -> list[Change]:
     found = []
-    if facts.learning_rate and rate_variable(model) is not None:
+    usable = facts.learning_rate is not None and math.isfinite(facts.learning_rate)
+    rate = abs(facts.learning_rate or 0.0) if usable else 0.0
+    if rate and rate_variable(model) is not None:
         for divisor in (10, 100):
-            rate = float(f"{facts.learning_rate / divisor:.6g}")
-            found.append(Change("learning_rate", rate, f"learning rate {rate:g}", rank=3))
+            value = float(f"{rate / divisor:.6g}")
+            found.append(Change("learning_rate", value, f"learning rate {value:g}", rank=3))
         steps = max(100, 4 * (step + 1))
         found.append(Change("warmup", steps, f"{steps} steps of warm-up", rank=3))
+    elif facts.learning_rate is not None:
+        # Of a schedule: what it began with, else what Keras takes where nothing is said.
+        usual = type(inner_optimizer(model))().learning_rate
+        rate = rate or float(keras.ops.convert_to_numpy(usual))
+        for value in (float(f"{rate:.6g}"), float(f"{rate / 10:.6g}")):
+            label = f"constant learning rate {value:g}"
+            found.append(Change("constant_rate", value, label, rank=3))
     if model.optimizer is not None and not facts.clip_norm:
         found.append(Change("clip_norm", 1.0, "gradient norm clipped to 1", rank=3))
     return found
@@ -91,7 +114,9 @@ def _formula_changes(model: Any, failed: Sequence[Check]) -> list[Change]:
     losses = compiled_losses(model)
     if any(_can_take_logits(loss) for loss in losses):
         return [Change("loss_formula", FROM_LOGITS, "loss from logits", rank=1)]
-    if getattr(model, "_compile_loss", None) is None:
+    layer = output_activation(model)
+    name = getattr(layer, "activation", None)
+    if not losses or getattr(name, "__name__", "") not in ("softmax", "sigmoid"):
         return []
     label = f"predictions kept between {EPSILON:g} and 1 - {EPSILON:g}"
     return [Change("loss_formula", CLIP_PREDICTIONS, label, rank=1)]
@@ -99,7 +124,8 @@ def _formula_changes(model: Any, failed: Sequence[Check]) -> list[Change]:
 
 def _can_take_logits(loss: Any) -> bool:
     given = getattr(loss, "_fn_kwargs", {})
-    return loss.name.endswith(_FROM_PROBABILITIES) and given.get("from_logits") is False
+    name = getattr(getattr(loss, "fn", None), "__name__", "")
+    return name.endswith(_FROM_PROBABILITIES) and not given.get("from_logits", False)
 
 
 def compiled_losses(model: Any) -> list[Any]:
@@ -111,54 +137,18 @@ def compiled_losses(model: Any) -> list[Any]:
 
 def inner_optimizer(model: Any) -> Any:
     """The optimizer that updates, inside a loss scale if there is one."""
-    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    return without_loss_scale(model.optimizer)
+
+
+def without_loss_scale(optimizer: Any) -> Any:
+    """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def rate_variable(model: Any) -> Any:
     """The variable that holds the learning rate; None under a schedule."""
     rate = getattr(inner_optimizer(model), "_learning_rate", None)
     return rate if isinstance(rate, keras.Variable) else None
-
-
-def input_divisor(batch: Batch | None) -> float | None:
-    """What large inputs should be divided by: 255 for grey levels, else their RMS."""
-    for name, array in (batch or {}).items():
-        if not name.startswith("inputs") or array.dtype.kind != "f" or not array.size:
-            continue
-        finite = array[np.isfinite(array)].astype(np.float64)
-        largest = float(np.abs(finite).max(initial=0.0))
-        if largest > LARGE_INPUT:
-            grey = finite.min() >= 0 and 64 < largest <= 255
-            return 255.0 if grey else float(f"{np.sqrt(np.mean(finite**2)):.2g}")
-    return None
-
-
-def changed_batch(batch: Batch, change: Change | None) -> Batch:
-    """The batch with the change, where it is one of the data.
-
-    Raises:
-      InputError: every example of the batch is suspect.
-    """
-    if change is None:
-        return batch
-    if change.kind == "input_scale":
-        factor = np.float32(change.value)
-        return {
-            name: (array * factor).astype(array.dtype)
-            if name.startswith("inputs") and array.dtype.kind == "f"
-            else array
-            for name, array in batch.items()
-        }
-    if change.kind == "without_examples" and "example_ids" in batch:
-        bad = np.isin(batch["example_ids"], np.array(change.value))
-        if bad.all():
-            raise InputError("every example of the batch is suspect", "Look at the data itself")
-        rows = np.where(bad, np.flatnonzero(~bad)[0], np.arange(len(bad)))
-        return {
-            name: array[rows] if array.ndim and len(array) == len(rows) else array
-            for name, array in batch.items()
-        }
-    return batch
 
 
 def changed_start(state: State, facts: RunFacts, change: Change | None) -> State:
@@ -176,12 +166,28 @@ def changed_start(state: State, facts: RunFacts, change: Change | None) -> State
             initialiser = type(keras.initializers.get(change.value))(seed=seed)
             new = keras.ops.convert_to_numpy(initialiser(old.shape))
             changed[layer.weight] = new.astype(old.dtype)
+    for name in state:
+        if name.startswith("params/") and name.endswith("/recurrent_kernel"):
+            changed[name] = _other_recurrence(state[name], change)
     return changed
+
+
+def _other_recurrence(old: np.ndarray, change: Change) -> np.ndarray:
+    if change.kind == "init_scale":
+        return (old * np.asarray(change.value, old.dtype)).astype(old.dtype)
+    new = keras.initializers.OrthogonalInitializer(seed=0)(old.shape)
+    return keras.ops.convert_to_numpy(new).astype(old.dtype)
 
 
 def command(model: Any, facts: RunFacts, change: Change) -> str:
     """The change as a line of the user's program."""
     value = change.value
+    if change.kind in DATA_CHANGES:
+        return data_command(change)
+    if change.kind == "optimizer_setting":
+        return f"optimizer = {optimizer_code(model, **dict([value]))}"
+    if change.kind == "constant_rate":
+        return f"optimizer = {optimizer_code(model, learning_rate=value)}"
     if change.kind == "learning_rate":
         return f"optimizer = {optimizer_code(model, learning_rate=value)}"
     if change.kind == "clip_norm":
@@ -205,11 +211,6 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
             f"for v in model.trainable_variables: v.assign({value:g} * v if v.name == 'kernel' "
             "else v)  # before fit"
         )
-    if change.kind == "input_scale":
-        return f"x = x / {1.0 / value:.6g}  # before fit"
-    if change.kind == "without_examples":
-        rows = list(value)
-        return f"x, y = np.delete(x, {rows}, axis=0), np.delete(y, {rows}, axis=0)"
     if change.kind == "loss_formula" and value == FROM_LOGITS:
         return "loss = the same loss with from_logits=True, and no activation on the last layer"
     if change.kind == "loss_formula":
@@ -236,10 +237,15 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
-def last_activation(model: Any) -> Any:
-    """The layer whose softmax or sigmoid makes the model's output; None if there is none."""
-    for layer in reversed(LayerNames(model).layers()):
+def output_activation(model: Any) -> Any:
+    """The layer whose activation function makes the model's output; None if none does."""
+    outputs = getattr(model, "outputs", None)
+    made_by = [getattr(one, "_keras_history", None) for one in outputs or []]
+    layers = [history.operation for history in made_by if history is not None]
+    for layer in layers or reversed(LayerNames(model).layers()):
         activation = vars(layer).get("activation")
-        if getattr(activation, "__name__", "") in ("softmax", "sigmoid"):
+        if callable(activation) and getattr(activation, "__name__", "linear") != "linear":
             return layer
+        if layers or getattr(layer, "weights", None):
+            return None
     return None

@@ -10,6 +10,7 @@ import numpy as np
 from diagnostics.protocol import RunFacts
 from diagnostics.stall import GRADIENT_RUNAWAY, RUNAWAY
 
+_GROWTH = 10.0  # times the first loss
 _FIRST_STEPS = 5
 _GRADIENT_STEPS = 10
 
@@ -22,7 +23,8 @@ class DivergenceLimits:
     """
 
     def __init__(self, facts: RunFacts) -> None:
-        self._usual_loss = facts.chance_loss
+        self._chance = facts.chance_loss
+        self._largest_start: float | None = None
         self._first_gradients: list[float] = []
         self._loss: deque[float] = deque(maxlen=4)
         self._gradient: deque[float] = deque(maxlen=4)
@@ -38,9 +40,12 @@ class DivergenceLimits:
         loss, gradient = telemetry.get("loss"), telemetry.get("grad_norm")
         loss_limit = gradient_limit = np.inf
         if loss is not None:
-            self._usual_loss = self._usual_loss or abs(loss)
+            if self._largest_start is None:
+                # A start far above guessing is bad, but only growth is running away.
+                usual = RUNAWAY * (self._chance or abs(loss))
+                self._largest_start = max(usual, _GROWTH * abs(loss))
             self._loss.append(abs(loss))
-            loss_limit = _armed(self._loss, RUNAWAY * self._usual_loss)
+            loss_limit = _armed(self._loss, self._largest_start)
         if gradient is not None:
             if len(self._first_gradients) < _FIRST_STEPS:
                 self._first_gradients.append(gradient)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,13 +15,15 @@ from diagnostics.keras_changes import (
     CLIP_PREDICTIONS,
     EPSILON,
     FROM_LOGITS,
-    changed_batch,
     compiled_losses,
     inner_optimizer,
-    last_activation,
+    output_activation,
     rate_variable,
+    without_loss_scale,
 )
-from diagnostics.keras_names import StateNames
+from diagnostics.keras_data_changes import changed_batch
+from diagnostics.keras_domains import kept_in_domain
+from diagnostics.keras_names import StateNames, find_optimizers
 from diagnostics.keras_phases import run_by_phases
 from diagnostics.keras_step import guarded_function, read_outcome
 from diagnostics.protocol import Batch, Change, State, StepOutcome
@@ -30,7 +32,15 @@ if TYPE_CHECKING:
     from diagnostics.op_trace import OpTrace
 
 # Only these need a graph of their own; other changes are of state or data.
-_RETRACED = ("clip_norm", "optimizer_epsilon", "loss_formula", "precision")
+_RETRACED = (
+    "clip_norm",
+    "optimizer_epsilon",
+    "optimizer_setting",
+    "loss_formula",
+    "domain",
+    "precision",
+    "constant_rate",
+)
 
 
 class SharedModel:
@@ -153,8 +163,13 @@ class KerasProgram:
             yield
             return
         undo = _apply(self._shared.model, change)
+        inside: Any = nullcontext()
+        if change.kind == "domain":
+            optimizers = map(without_loss_scale, find_optimizers(self._shared.model))
+            inside = kept_in_domain(change.value, list(optimizers))
         try:
-            yield
+            with inside:
+                yield
         finally:
             for owner, name, value in reversed(undo):
                 object.__setattr__(owner, name, value)
@@ -176,8 +191,12 @@ def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
         ]
     elif change.kind == "optimizer_epsilon":
         new = [(optimizer, "epsilon", change.value)]
+    elif change.kind == "optimizer_setting":
+        new = [(optimizer, *change.value)]
+    elif change.kind == "constant_rate":
+        new = [(optimizer, "_learning_rate", lambda: change.value)]
     elif change.kind == "loss_formula" and change.value == FROM_LOGITS:
-        layer = last_activation(model)
+        layer = output_activation(model)
         new = [(layer, "activation", keras.activations.linear)] if layer is not None else []
         new += [
             (loss, "_fn_kwargs", {**loss._fn_kwargs, "from_logits": True})

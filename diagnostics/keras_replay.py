@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
 from diagnostics.keras_changes import candidates, changed_start, command
+from diagnostics.keras_domains import domain_changes
 from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
@@ -62,6 +64,7 @@ class KerasRun:
         self._batches = self._snapshot("batches", batches_of)
         self._start = self._snapshot("start", lambda arrays: arrays)
         self._float32: SharedModel | None = None
+        self._lines: dict[str, str] = {}  # label of a change -> how a user writes it
 
     def _snapshot(self, name: str, use: Any) -> dict:
         directory = self._directory / name
@@ -144,7 +147,15 @@ class KerasRun:
             bool(self._start),
         )
 
+    def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
+        """Implements `diagnostics.protocol.RepairsFormulas`."""
+        found = domain_changes(place, self.facts.precision != "float32")
+        self._lines.update({one.label: one.line for one in found})
+        return [Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)]
+
     def command(self, change: Change) -> str:
+        if change.label in self._lines:
+            return self._lines[change.label]
         return command(self._shared.model, self.facts, change)
 
     def environment(self) -> Mapping[str, Any]:
@@ -171,4 +182,5 @@ class KerasRun:
 
 def _facts(stored: Mapping[str, Any]) -> RunFacts:
     layers = tuple(LayerFacts(**layer) for layer in stored["layers"])
-    return RunFacts(**{**stored, "layers": layers})
+    numbers = {n: float(v) for n, v in stored.items() if v in ("Infinity", "-Infinity", "NaN")}
+    return RunFacts(**{**stored, **numbers, "layers": layers})

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from diagnostics.diagnosis import FirstNonfinite
     from diagnostics.op_trace import OpTrace
 
 State = dict[str, np.ndarray]
@@ -125,7 +126,9 @@ class Change:
     Attributes:
       kind: 'init', 'init_scale', 'learning_rate', 'warmup', 'clip_norm',
         'precision', 'input_scale', 'without_examples', 'loss_formula',
-        'optimizer_epsilon', 'none' (the control).
+        'optimizer_epsilon', 'none' (the control); of Keras runs also 'domain' (an op kept
+        inside its domain), 'finite_inputs', 'shift_labels', 'target_scale',
+        'optimizer_setting', 'constant_rate'.
       value: what it becomes; its type depends on the kind.
       label: as in "learning rate 0.001 instead of 0.01".
       from_start: it only makes sense from step 0 (an initialiser).
@@ -233,4 +236,13 @@ class ReplayableRun(Protocol):
     def conditions(self) -> Sequence[str]:
         """How this replay's conditions differ from the recorded ones, in sentences:
         versions, hardware, data gone, a rebuilt batch of other bits. Empty if nothing does."""
+        ...
+
+
+@runtime_checkable
+class RepairsFormulas(Protocol):
+    """A run whose own formulas can be replayed inside their domain."""
+
+    def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
+        """Changes that keep the op at fault inside its domain; empty if it did not leave it."""
         ...

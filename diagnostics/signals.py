@@ -27,6 +27,7 @@ UNSCALED_TARGET = 100.0
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _FLOAT16_LIMIT_BITS = 16.0
+_RECURRENT = ("RNN", "LSTM", "GRU")
 
 
 def input_arrays(evidence: Evidence) -> dict[str, TensorStats]:
@@ -185,6 +186,8 @@ def out_of_nowhere(evidence: Evidence) -> bool:
     telemetry, limit = evidence.telemetry, _limit(evidence)
     if _largest(_op_inputs(evidence)) <= limit or not telemetry.steps.size:
         return False
+    if in_recurrence(evidence):
+        return False  # which multiplies its own signal at every time step
     if not preactivations_of_row(telemetry, -1):
         return False
     gradients = [
@@ -195,6 +198,14 @@ def out_of_nowhere(evidence: Evidence) -> bool:
     arrays = [*input_arrays(evidence).values(), *evidence.weight_stats.values()]
     sizes = [_finite_absmax(stats) for stats in arrays if not is_integer(stats)]
     return _largest([*_recorded_signals(evidence), *gradients, *sizes]) <= limit
+
+
+def in_recurrence(evidence: Evidence) -> str:
+    """The kind of the recurrent layer where the first non-finite value is; '' elsewhere."""
+    first = evidence.first_nonfinite
+    kinds = {layer.name: layer.kind for layer in evidence.facts.layers}
+    kind = kinds.get(first.layer or "", "") if first is not None else ""
+    return kind if any(word in kind for word in _RECURRENT) else ""
 
 
 def half_precision(evidence: Evidence) -> bool:

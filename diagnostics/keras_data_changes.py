@@ -1,0 +1,109 @@
+"""What can be done differently with the data of a foreign Keras run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diagnostics.errors import InputError
+from diagnostics.protocol import Batch, Change, RunFacts
+
+LARGE_INPUT, LARGE_TARGET = 20.0, 100.0
+DATA_CHANGES = (
+    "without_examples",
+    "finite_inputs",
+    "input_scale",
+    "shift_labels",
+    "target_scale",
+)
+
+
+def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
+    """Changes of inputs and labels that the failing batch suggests."""
+    if batch is None:
+        return []
+    found = []
+    inputs = [a for n, a in batch.items() if n.startswith("inputs") and a.dtype.kind == "f"]
+    labels = [a for n, a in batch.items() if n.startswith("labels") and a.size]
+    if not all(np.isfinite(array).all() for array in inputs):
+        found.append(Change("finite_inputs", 0.0, "non-finite inputs set to 0", rank=1))
+    divisor = input_divisor(inputs)
+    if divisor is not None:
+        label = f"inputs divided by {divisor:g}"
+        found.append(Change("input_scale", 1.0 / divisor, label, rank=2))
+    if facts.classes and any(a.min() >= 1 and a.max() == facts.classes for a in labels):
+        found.append(Change("shift_labels", -1, "class numbers lowered by 1", rank=1))
+    if not facts.classes:
+        spread = max((_rms(a) for a in labels if a.dtype.kind == "f"), default=0.0)
+        if spread > LARGE_TARGET:
+            divisor = float(f"{spread:.2g}")
+            label = f"targets divided by {divisor:g}"
+            found.append(Change("target_scale", 1.0 / divisor, label, rank=2))
+    return found
+
+
+def input_divisor(inputs: list[np.ndarray]) -> float | None:
+    """What large inputs should be divided by: 255 for grey levels, else their RMS."""
+    for array in inputs:
+        finite = array[np.isfinite(array)]
+        largest = float(np.abs(finite).max(initial=0.0))
+        if largest > LARGE_INPUT:
+            grey = finite.min() >= 0 and 64 < largest <= 255
+            return 255.0 if grey else float(f"{_rms(finite):.2g}")
+    return None
+
+
+def _rms(array: np.ndarray) -> float:
+    finite = array[np.isfinite(array)].astype(np.float64)
+    return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+
+
+def changed_batch(batch: Batch, change: Change | None) -> Batch:
+    """The batch with the change, where it is one of the data.
+
+    Raises:
+      InputError: every example of the batch is suspect.
+    """
+    if change is None or change.kind not in DATA_CHANGES:
+        return batch
+    if change.kind == "without_examples":
+        return _without(batch, change) if "example_ids" in batch else batch
+    part = "labels" if change.kind in ("shift_labels", "target_scale") else "inputs"
+    return {
+        name: _changed(array, change) if name.startswith(part) else array
+        for name, array in batch.items()
+    }
+
+
+def _changed(array: np.ndarray, change: Change) -> np.ndarray:
+    if change.kind == "shift_labels":
+        return array + np.asarray(change.value, array.dtype)
+    if array.dtype.kind != "f":
+        return array
+    if change.kind == "finite_inputs":
+        return np.nan_to_num(array, nan=0.0, posinf=0.0, neginf=0.0)
+    return (array * np.float32(change.value)).astype(array.dtype)
+
+
+def _without(batch: Batch, change: Change) -> Batch:
+    bad = np.isin(batch["example_ids"], np.array(change.value))
+    if bad.all():
+        raise InputError("every example of the batch is suspect", "Look at the data itself")
+    rows = np.where(bad, np.flatnonzero(~bad)[0], np.arange(len(bad)))
+    return {
+        name: array[rows] if array.ndim and len(array) == len(rows) else array
+        for name, array in batch.items()
+    }
+
+
+def data_command(change: Change) -> str:
+    """The change as a line of the user's program."""
+    value = change.value
+    if change.kind == "without_examples":
+        rows = list(value)
+        return f"x, y = np.delete(x, {rows}, axis=0), np.delete(y, {rows}, axis=0)"
+    if change.kind == "finite_inputs":
+        return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
+    if change.kind == "shift_labels":
+        return "y = y - 1  # before fit"
+    name = "x" if change.kind == "input_scale" else "y"
+    return f"{name} = {name} / {1.0 / value:.6g}  # before fit"
