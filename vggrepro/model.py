@@ -185,10 +185,13 @@ def layer_names(arch: str) -> list[str]:
     return [layer.name for layer in _narrow(arch).weight_layers]
 
 
-def network_of(arch: str, parameters: Mapping[str, np.ndarray]) -> Network:
-    """The net that stored parameters belong to: widths, classes and image size are theirs.
+def network_of(
+    arch: str, parameters: Mapping[str, np.ndarray], image_size: int | None = None
+) -> Network:
+    """The net that stored parameters belong to: their widths and classes.
 
-    The image size is the smallest that fits fc1: 32 times the side of its pool5 map.
+    Args:
+      image_size: None takes the smallest that fits fc1, 32 times the side of its map.
 
     Raises:
       InputError: the parameters have other layers than `arch`.
@@ -206,7 +209,7 @@ def network_of(arch: str, parameters: Mapping[str, np.ndarray]) -> Network:
     )
     last_convolution = [x for x in layers if isinstance(x, WeightLayer) and x.is_convolution][-1]
     side = math.isqrt(shapes["fc1/kernel"][0] // last_convolution.kernel_shape[-1])
-    return Network(arch, 32 * side, shapes["predictions/bias"][0], layers)
+    return Network(arch, image_size or 32 * side, shapes["predictions/bias"][0], layers)
 
 
 def _narrow(arch: str) -> Network:

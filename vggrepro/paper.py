@@ -142,6 +142,41 @@ TABLE_6 = (
 RESULTS = TABLE_3 + TABLE_4 + TABLE_5 + TABLE_6
 
 
+def own_test_scales(trained: Trained) -> tuple[int, ...]:
+    """The three Q of a net in Table 4: {S-32, S, S+32}, or the range's ends and middle."""
+    if trained.scale_min == trained.scale_max:
+        return trained.scale_min - 32, trained.scale_min, trained.scale_min + 32
+    middle = (trained.scale_min + trained.scale_max) // 2
+    return trained.scale_min, middle, trained.scale_max
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What others measured on the same 50,000 images with trained nets of this kind.
+
+    Errors in percent; a pair is the range of several reports.
+    """
+
+    arch: str
+    what: str
+    top1_error: tuple[float, float] | None
+    top5_error: tuple[float, float] | None
+
+
+_TORCHVISION = "torchvision's weights, one centre crop"
+_RELEASED = "the authors' released weights, one centre crop"
+CALIBRATION = (
+    Calibration("A", _TORCHVISION, (30.98, 30.98), None),
+    Calibration("B", _TORCHVISION, (30.07, 30.07), None),
+    Calibration("D", _TORCHVISION, (28.41, 28.41), None),
+    Calibration("E", _TORCHVISION, (27.62, 27.62), None),
+    Calibration("D", _RELEASED, (28.5, 28.7), (9.9, 9.9)),
+    Calibration("E", _RELEASED, (28.7, 28.7), (9.9, 10.0)),
+)
+# Points of top-1 error that one centre crop costs against multi-scale dense, same weights.
+CENTRE_CROP_LOSS = 3.7
+
+
 def single_scale_result(trained: Trained) -> PaperResult:
     """The cell of Table 3 for a net and its training scale.
 

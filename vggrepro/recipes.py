@@ -188,7 +188,7 @@ def _small(arch: str, stage: str) -> Recipe:
     scale_min, scale_max = (round(side * _SMALL_SIDE) for side in scales)
     steps = _SMALL_STEPS[stage]
     source = _source("small", arch, _STAGES[stage][2])
-    values = {
+    values: dict[str, Any] = {
         "arch": arch,
         "init": "normal:0.0225",
         "scale_min": scale_min,
@@ -217,7 +217,7 @@ def _first_users() -> Recipe:
     same run with Glorot's initialiser, which the paper itself recommends.
     """
     images, epochs, batch_size = 150_000, 50, 32
-    values = {
+    values: dict[str, Any] = {
         "arch": "A",
         "width": 1.0,
         "image_size": 224,

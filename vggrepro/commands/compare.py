@@ -1,0 +1,57 @@
+"""`vggrepro compare`: our errors beside the paper's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from diagnostics.errors import InputError
+
+DESCRIPTION = """\
+Puts every evaluation of the runs (see `vggrepro evaluate`) beside the paper's cell for the
+same net, S, Q and protocol, with its 95 % interval, what differs from the paper, and other
+people's figures. Training images, subsets and other numbers of classes are never put
+beside a cell; it says why."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Declares the command and its options."""
+    parser = subparsers.add_parser(
+        "compare", help="errors beside the paper's tables", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "places",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run directory, or a file of `vggrepro evaluate --json`",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the comparisons; 0 whatever they say."""
+    from diagnostics.durable_files import json_text
+    from vggrepro.comparison import compare
+    from vggrepro.comparison_text import markdown, terminal_lines
+    from vggrepro.evaluation_record import read_records
+
+    records = []
+    for place in options.places:
+        found = read_records(place)
+        if not found:
+            raise InputError(f"{place} has no evaluation", f"Make one: vggrepro evaluate {place}")
+        records += found
+    comparisons = [compare(record) for record in records]
+    if options.json:
+        made = [one.to_dict() for one in comparisons]
+        print(json_text({"comparisons": made}, indent=2))
+    elif options.markdown:
+        print(markdown(comparisons))
+    else:
+        sys.stdout.write("\n".join(terminal_lines(comparisons)) + "\n")
+    return 0
