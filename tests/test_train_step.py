@@ -238,7 +238,7 @@ def test_the_self_test_refuses_a_guard_that_is_blind(monkeypatch, blind):
         self_test(TrainStep(CONFIG, NETWORK), tf.constant(images), tf.constant(labels))
 
 
-def _write_anyway(self, seen, gradients, by_layer, rate, step, armed):
+def _write_anyway(self, seen, gradients, rate, step, armed):
     norms = tf.zeros([len(self.layout.layers)])
     self._write(gradients, rate, tf.constant(1.0))
     checks = tf.fill([len(self.layout.checks())], False)

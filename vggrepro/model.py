@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
+from vggrepro.dropout import Dropout
 
 # Kernel sides of the convolutions by block; C ends its last three with 1x1 (Table 1).
 KERNELS = {
@@ -214,38 +215,6 @@ def network_of(
 
 def _narrow(arch: str) -> Network:
     return build_network(arch, width=1 / 64, image_size=MIN_IMAGE_SIZE, classes=2)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Inverted dropout keyed by the rows of the global batch.
-
-    The mask of the whole global batch follows from the seed; a replica that
-    holds rows [first_row, first_row + n) takes its rows of it, so the number of
-    replicas does not change which units are dropped.
-
-    Attributes:
-      rate: probability of dropping a unit.
-      seed: int64 [2], a function of (run seed, step).
-      global_rows: examples of the global batch.
-      first_row: int32 scalar tensor or int, this replica's first row.
-    """
-
-    rate: float
-    seed: tf.Tensor
-    global_rows: int
-    first_row: int | tf.Tensor = 0
-
-    def apply(self, values: tf.Tensor, layer_index: int) -> tf.Tensor:
-        """Drops units of `values` [n, units] and rescales the rest by 1/(1-rate)."""
-        rows, units = values.shape
-        draws = tf.random.stateless_uniform(
-            [self.global_rows, units], self.seed + layer_index, alg="philox"
-        )
-        if rows != self.global_rows:
-            draws = tf.slice(draws, [self.first_row, 0], [rows, units])
-        kept = tf.cast(draws >= self.rate, values.dtype)
-        return values * kept * tf.cast(1.0 / (1.0 - self.rate), values.dtype)
 
 
 def forward(

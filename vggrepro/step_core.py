@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from diagnostics import guard
 from diagnostics.guard import Forward
-from vggrepro.model import Dropout, Network, forward
+from vggrepro.dropout import Dropout
+from vggrepro.model import Network, forward
 
 
 class CoreResult(NamedTuple):

@@ -17,14 +17,14 @@ from diagnostics import guard
 from diagnostics.errors import InputError
 from diagnostics.guard import Forward, GuardLayout, StepResult
 from vggrepro.config import TrainConfig
+from vggrepro.dropout import Dropout
 from vggrepro.initializers import initial_parameters
-from vggrepro.model import Dropout, Network
+from vggrepro.model import Network
 from vggrepro.optimizer import MomentumSGD, PlateauSchedule, RateSettings, learning_rate
-from vggrepro.rng import STREAM_DROPOUT, seed_pair
 from vggrepro.step_core import CoreResult, loss_and_gradients
+from vggrepro.step_update import NOT_REFUSED, Norms, by_layer, judge, telemetry_row
 
 State = dict[str, np.ndarray]
-NOT_REFUSED = -1
 
 
 class TrainStep:
@@ -43,7 +43,6 @@ class TrainStep:
         self.network = network
         self.layout = GuardLayout(tuple(layer.name for layer in network.weight_layers))
         self._optimizer = MomentumSGD.from_config(config)
-        self._seed = tf.constant(seed_pair(config.seed, STREAM_DROPOUT), tf.int64)
         self._compute_dtype = tf.as_dtype(config.precision)
         start = initial_state(config, network) if state is None else state
         self.variables = {
@@ -120,22 +119,18 @@ class TrainStep:
     def _parameter_tensors(self) -> dict[str, tf.Tensor]:
         return {name: self.variables[f"params/{name}"].read_value() for name in self._names}
 
-    def _groups(self, prefix: str) -> list[list[tf.Tensor]]:
-        return [
-            [self.variables[f"{prefix}/{layer}/{part}"].read_value() for part in ("kernel", "bias")]
-            for layer in self.layout.layers
-        ]
+    def _tensors(self, prefix: str) -> list[tf.Tensor]:
+        return [self.variables[f"{prefix}/{name}"].read_value() for name in self._names]
 
     def _step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
         step = self.variables["counters/step"].read_value()
         rows = images.shape[0]
-        dropout = Dropout(self.config.dropout, self._dropout_seed(step), rows)
         core = loss_and_gradients(
             self.network,
             self._parameter_tensors(),
             images,
             labels,
-            dropout=dropout,
+            dropout=Dropout.of_step(self.config.dropout, self.config.seed, step),
             compute_dtype=self._compute_dtype,
             global_rows=rows,
         )
@@ -151,7 +146,7 @@ class TrainStep:
             self._parameter_tensors(),
             images,
             labels,
-            dropout=Dropout(self.config.dropout, self._dropout_seed(step), rows),
+            dropout=Dropout.of_step(self.config.dropout, self.config.seed, step),
             compute_dtype=self._compute_dtype,
             global_rows=rows,
             phase=phase,
@@ -165,19 +160,15 @@ class TrainStep:
                 velocity = self.variables[f"momentum/{name}"].read_value()
                 self._optimizer.proposal(name, weight, velocity, gradient, rate, scale)
 
-    def _dropout_seed(self, step: tf.Tensor) -> tf.Tensor:
-        return tf.random.experimental.stateless_fold_in(self._seed, step, alg="philox")
-
     def _gated_update(
         self, core: CoreResult, step: tf.Tensor, rows: int
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """(applied, passed, telemetry); writes the new state only if all is finite."""
         rate = self._learning_rate(step)
         gradients = dict(zip(self._names, core.gradients, strict=True))
-        by_layer = [core.gradients[i : i + 2] for i in range(0, len(core.gradients), 2)]
-        gradient_norms = tf.sqrt(guard.squares(by_layer))
-        weight_norms = tf.sqrt(guard.squares(self._groups("params")))
-        velocity_norms = tf.sqrt(guard.squares(self._groups("momentum")))
+        gradient_norms = tf.sqrt(guard.squares(by_layer(core.gradients)))
+        weight_norms = tf.sqrt(guard.squares(by_layer(self._tensors("params"))))
+        velocity_norms = tf.sqrt(guard.squares(by_layer(self._tensors("momentum"))))
         bound = self._optimizer.norm_bound(weight_norms, velocity_norms, gradient_norms, rate)
         # NaN compares as false, so a NaN norm fails here too.
         conclusive = bound < guard.SAFE_BOUND
@@ -187,43 +178,16 @@ class TrainStep:
         def fast() -> tuple[tf.Tensor, ...]:
             global_norm = tf.norm(gradient_norms)
             self._write(gradients, rate, global_norm)
-            return (
-                tf.constant(True),
-                passed,
-                gradient_norms,
-                weight_norms,
-                velocity_norms,
-                global_norm,
-            )
+            norms = Norms(gradient_norms, weight_norms, velocity_norms, global_norm)
+            return tf.constant(True), passed, *norms
 
         def careful() -> tuple[tf.Tensor, ...]:
-            return self._careful_update(core.forward, gradients, by_layer, rate, step, armed)
+            return self._careful_update(core.forward, gradients, rate, step, armed)
 
         clear = tf.logical_and(armed, tf.reduce_all(passed))
-        applied, passed, gradient_norms, weight_norms, velocity_norms, global_norm = tf.cond(
-            clear, fast, careful
-        )
-        moved = velocity_norms if self.config.momentum_form == "caffe" else velocity_norms * rate
-        scalars = [
-            core.forward.loss,
-            core.top1 / rows,
-            core.top5 / rows,
-            rate,
-            global_norm,
-            core.forward.input_extremes[0],
-            core.forward.input_extremes[1],
-        ]
-        telemetry = tf.concat(
-            [
-                tf.stack(scalars),
-                core.forward.preactivation_extremes[:, 0],
-                core.forward.preactivation_extremes[:, 1],
-                gradient_norms,
-                weight_norms,
-                tf.math.divide_no_nan(moved, weight_norms),
-            ],
-            axis=0,
-        )
+        applied, passed, *norms = tf.cond(clear, fast, careful)
+        accuracies = (core.top1 / rows, core.top5 / rows)
+        telemetry = telemetry_row(self._optimizer, core.forward, accuracies, rate, Norms(*norms))
         return applied, passed, telemetry
 
     def _learning_rate(self, step: tf.Tensor) -> tf.Tensor:
@@ -250,43 +214,31 @@ class TrainStep:
         self,
         seen: Forward,
         gradients: Mapping[str, tf.Tensor],
-        by_layer: list[list[tf.Tensor]],
         rate: tf.Tensor,
         step: tf.Tensor,
         armed: tf.Tensor,
     ) -> tuple[tf.Tensor, ...]:
         """Looks at every element; applies the update if only a norm had overflowed."""
-        weights, velocities = self._groups("params"), self._groups("momentum")
-        norms = tf.stack([guard.exact_norm(group) for group in by_layer])
-        largest = tf.reduce_max(norms)
-        global_norm = largest * tf.norm(tf.math.divide_no_nan(norms, largest))
-        scale = self._optimizer.clip_scale(global_norm)
-        proposals = [
-            self._optimizer.proposal(name, weight, velocity, gradient, rate, scale)
-            for (name, gradient), weight, velocity in zip(
-                gradients.items(), sum(weights, []), sum(velocities, []), strict=True
-            )
-        ]
-        new_state = [sum(map(list, proposals[i : i + 2]), []) for i in range(0, len(proposals), 2)]
-        passed = guard.passed_vector(
+        judged = judge(
+            self._optimizer,
+            self._names,
             seen,
-            guard.all_finite(weights),
-            guard.all_finite(by_layer),
-            guard.all_finite(new_state),
+            list(gradients.values()),
+            self._tensors("params"),
+            self._tensors("momentum"),
+            rate,
         )
 
         def write() -> tf.Tensor:
-            self._write(gradients, rate, global_norm)
+            self._write(gradients, rate, judged.norms.all_gradients)
             return tf.constant(True)
 
         def refuse() -> tf.Tensor:
             self._refused.assign(tf.where(armed, step, self._refused.read_value()))
             return tf.constant(False)
 
-        applied = tf.cond(tf.logical_and(armed, tf.reduce_all(passed)), write, refuse)
-        weight_norms = tf.stack([guard.exact_norm(group) for group in weights])
-        velocity_norms = tf.stack([guard.exact_norm(group) for group in velocities])
-        return applied, passed, norms, weight_norms, velocity_norms, global_norm
+        applied = tf.cond(tf.logical_and(armed, tf.reduce_all(judged.passed)), write, refuse)
+        return applied, judged.passed, *judged.norms
 
 
 def compiled_part(config: TrainConfig) -> TrainConfig:

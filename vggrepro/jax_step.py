@@ -1,0 +1,176 @@
+"""The guarded training step as one sharded JAX program around TensorFlow's core.
+
+For machines whose TPU runtime belongs to JAX, and for compiling a step for a TPU that
+is not there. Loss, gradients, verdict and update are the TensorFlow functions of
+`step_core` and `step_update`, lowered to StableHLO; JAX adds the shards and the
+all-reduce. The state is a value and donated: a refused step returns it as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow as tf
+from jax.experimental import jax2tf
+from jax.interpreters import mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diagnostics.guard import Forward, GuardLayout
+from vggrepro.config import TrainConfig
+from vggrepro.dropout import Dropout
+from vggrepro.model import Network
+from vggrepro.optimizer import MomentumSGD, RateSettings
+from vggrepro.step_core import loss_and_gradients
+from vggrepro.step_update import gated_update
+
+AXIS = "replica"
+_REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+_UPDATED = ("counters/step", "schedule/drops")  # what the update reads besides weights
+
+
+class ShardedStep:
+    """The guarded step over all devices of a mesh; data parallel.
+
+    Args:
+      config: `classes` must be set; batch_size is the global batch.
+      devices: JAX devices, of a live backend or of a topology that is only described.
+    """
+
+    def __init__(self, config: TrainConfig, network: Network, devices: np.ndarray) -> None:
+        self.config, self.network = config, network
+        self.layout = GuardLayout(tuple(layer.name for layer in network.weight_layers))
+        self.mesh = Mesh(np.asarray(devices).reshape(-1), (AXIS,))
+        self.replicas = self.mesh.devices.size
+        self.rows = config.batch_size // self.replicas
+        self._names = tuple(network.parameter_shapes())
+        self._optimizer = MomentumSGD.from_config(config)
+        _lower_tensorflow_for_the_cpu_on_tpus()
+        shards = jax.shard_map(
+            self._replica,
+            mesh=self.mesh,
+            in_specs=(_REPLICATED, _REPLICATED, _REPLICATED, _SHARDED, _SHARDED),
+            out_specs=_REPLICATED,
+            check_vma=False,
+        )
+        self.program: Callable[..., Any] = jax.jit(shards, donate_argnums=(0, 1))
+
+    def abstract_arguments(self) -> tuple[Any, ...]:
+        """Shapes and shardings of the program's arguments, to compile it without data."""
+        side = self.network.image_size
+        shapes = self.network.parameter_shapes()
+        state = {f"{group}/{n}": (s, np.float32) for group in GROUPS for n, s in shapes.items()}
+        state |= dict.fromkeys(_UPDATED, ((), np.int32))
+
+        def spec(shape: tuple[int, ...], kind: Any, where: PartitionSpec) -> Any:
+            return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(self.mesh, where))
+
+        batch = self.config.batch_size
+        return (
+            {name: spec(*pair, _REPLICATED) for name, pair in state.items()},
+            spec((), np.int32, _REPLICATED),
+            spec((2,), np.float32, _REPLICATED),
+            spec((batch, side, side, 3), np.float32, _SHARDED),
+            spec((batch,), np.int32, _SHARDED),
+        )
+
+    def _replica(
+        self, state: dict[str, Any], refused: Any, rate: Any, images: Any, labels: Any
+    ) -> tuple[Any, ...]:
+        """(state, refused, applied, passed, telemetry, healthy [replicas]) on one device."""
+        first_row = jax.lax.axis_index(AXIS) * self.rows
+        parameters = [state[f"params/{name}"] for name in self._names]
+        core = _tensorflow(self._core)
+        extremes, valid, preactivations, sums, healthy, *gradients = core(
+            parameters, images, labels, state["counters/step"], first_row
+        )
+        sums, gradients = jax.lax.psum((sums, gradients), AXIS)
+        seen = jax.lax.all_gather((extremes, valid, preactivations, healthy), AXIS)
+        update = _tensorflow(self._update)
+        return (*update(state, refused, rate, *seen[:3], sums, gradients), seen[3])
+
+    def _core(
+        self, parameters: Any, images: Any, labels: Any, step: Any, first_row: Any
+    ) -> tuple[Any, ...]:
+        """TensorFlow: this replica's share of loss and gradients, and what the guard saw."""
+        batch = self.config.batch_size
+        core = loss_and_gradients(
+            self.network,
+            dict(zip(self._names, parameters, strict=True)),
+            images,
+            labels,
+            dropout=Dropout.of_step(self.config.dropout, self.config.seed, step, first_row),
+            compute_dtype=tf.as_dtype(self.config.precision),
+            global_rows=batch,
+        )
+        seen, gradients = core.forward, core.gradients
+        finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in (*seen[:1], *seen[2:])]
+        finite += [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in gradients]
+        healthy = tf.logical_and(tf.reduce_all(tf.stack(finite)), seen.labels_valid)
+        sums = tf.stack([seen.loss, core.top1 / batch, core.top5 / batch])
+        return (
+            seen.input_extremes,
+            seen.labels_valid,
+            seen.preactivation_extremes,
+            sums,
+            healthy,
+            *gradients,
+        )
+
+    def _update(
+        self,
+        state: Any,
+        refused: Any,
+        rate: Any,
+        extremes: Any,
+        valid: Any,
+        preactivations: Any,
+        sums: Any,
+        gradients: Any,
+    ) -> tuple[Any, ...]:
+        """TensorFlow: verdict and update of the global batch; the same on every replica."""
+        seen = Forward(
+            _over_replicas(extremes), tf.reduce_all(valid), _over_replicas(preactivations), sums[0]
+        )
+        settings = RateSettings(rate[0], rate[1], self.config.lr_drop_factor)
+        return tuple(
+            gated_update(
+                self._optimizer,
+                self.layout,
+                settings,
+                state,
+                refused,
+                seen,
+                gradients,
+                (sums[1], sums[2]),
+            )
+        )
+
+
+GROUPS = ("params", "momentum")
+
+
+def _over_replicas(extremes: Any) -> tf.Tensor:
+    """[replicas, ..., 2] of (maximum, minimum) to [..., 2]; keeps NaN."""
+    pairs = (tf.reduce_max(extremes[..., 0], axis=0), tf.reduce_min(extremes[..., 1], axis=0))
+    return tf.stack(pairs, axis=-1)
+
+
+def _tensorflow(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+    return jax2tf.call_tf(compiled, has_side_effects=False)
+
+
+@functools.cache
+def _lower_tensorflow_for_the_cpu_on_tpus() -> None:
+    """TensorFlow without TPU kernels lowers for the CPU; StableHLO is the same for both.
+
+    `call_tf` would ask it for XLA_TPU_JIT kernels, which only tensorflow-tpu has.
+    """
+    module = sys.modules["jax.experimental.jax2tf.call_tf"]
+    rule = functools.partial(module._call_tf_lowering, platform="cpu")
+    mlir.register_lowering(module.call_tf_p, rule, platform="tpu")
