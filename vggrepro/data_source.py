@@ -17,7 +17,7 @@ from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
 from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
-from vggrepro.shards import holds_shards, index_shards
+from vggrepro.shards import holds_shards, index_shards, read_manifest
 from vggrepro.statistics import ColourStatistics, training_statistics
 from vggrepro.storage import is_url
 
@@ -29,7 +29,8 @@ class DataSource:
     """A run's data.
 
     Attributes:
-      record: what the manifest keeps: fingerprints, counts, colour statistics.
+      record: what the manifest keeps: fingerprints, counts, colour statistics, and
+        whether the stored images are smaller than the originals (a deviation).
     """
 
     training: TrainingStream
@@ -121,6 +122,7 @@ def open_data(
             "val_images": len(validation),
             "classes": len(train.class_names),
             "colours": colours.to_dict(),
+            "resized": stored_resize(root),
         },
     )
 
@@ -132,6 +134,11 @@ def open_index(root: str | os.PathLike[str], split: str) -> ExampleIndex:
       InputError: it is neither, or damaged.
     """
     return index_shards(root, split) if holds_shards(root) else index_folder(root, split)
+
+
+def stored_resize(root: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `data build --resize` did to the images of a data directory; None: nothing."""
+    return read_manifest(root)["resize"] if holds_shards(root) else None
 
 
 def statistics_cache(root: str | os.PathLike[str]) -> Path | None:

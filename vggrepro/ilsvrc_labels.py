@@ -21,7 +21,7 @@ KIT = "ILSVRC2012_devkit_t12"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
 
-_MATRIX, _COMPRESSED = 14, 15
+_COMPRESSED = 15
 _STRUCT, _CHAR = 2, 4
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8"}
 _TYPES |= {13: "u8", 16: "u1", 17: "u2"}

@@ -228,9 +228,7 @@ def _publish(
         "class_names": list(plan.source.class_names),
         "splits": splits,
         "policy": {kind: recipe.policy[kind] for kind in KINDS},
-        "resize": {"shorter_side": recipe.resize, "jpeg_quality": RESIZE_QUALITY}
-        if recipe.resize
-        else None,
+        "resize": _resize_record(recipe),
         "built_from": identity,
     }
     write_json(directory / MANIFEST, manifest)
@@ -238,6 +236,16 @@ def _publish(
     for name in (BUILD, REFUSED):
         (directory / name).unlink(missing_ok=True)
     return manifest
+
+
+def _resize_record(recipe: Recipe) -> dict[str, Any] | None:
+    if not recipe.resize:
+        return None
+    return {
+        "shorter_side": recipe.resize,
+        "jpeg_quality": RESIZE_QUALITY,
+        "origin": "deviation",  # training sees other pixels than the paper's
+    }
 
 
 def _verify(

@@ -104,7 +104,7 @@ def _nets(options: argparse.Namespace) -> list[EvaluatedNet]:
     return [net_of_run(run_dir, _warn) for run_dir in options.runs]
 
 
-def _data(options: argparse.Namespace, nets: Sequence[EvaluatedNet]) -> Path | str:
+def _data(options: argparse.Namespace, nets: Sequence[EvaluatedNet]) -> str:
     """The data directory: as given, or the one that every run was trained on."""
     if options.data is not None:
         return data_directory(options.data)

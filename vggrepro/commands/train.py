@@ -74,22 +74,25 @@ def new_run_dir(config: TrainConfig, now: datetime) -> Path:
     return Path("runs") / name
 
 
-def data_directory(data: str) -> Path:
-    """The directory that `--data` means; makes the synthetic one if need be."""
+def data_directory(data: str) -> str:
+    """The directory or URL that `--data` means; makes the synthetic one if need be."""
     if data != "synthetic":
-        return Path(data)
+        return data
     directory = Path(os.environ.get("VGGREPRO_CACHE", "data")) / "synthetic"
     if not directory.exists():
         print(f"making synthetic images in {directory}, once", flush=True)
     from vggrepro.synthetic import ensure_synthetic
 
-    return ensure_synthetic(directory)
+    return str(ensure_synthetic(directory))
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """A run may be resumed and replayed from another working directory."""
+    from vggrepro.storage import is_url
+
     source = str(Path(config.init_from).resolve()) if config.init_from else ""
-    data = str(data_directory(config.data).resolve())
+    data = data_directory(config.data)
+    data = data if is_url(data) else str(Path(data).resolve())
     return dataclasses.replace(config, data=data, init_from=source)
 
 

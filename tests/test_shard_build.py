@@ -1,0 +1,328 @@
+"""Building shards: deterministic, resumable, verified, and strict about what it is given."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from jpeg_samples import jpeg, pixels
+from shard_samples import build, content, make_folder
+
+from diagnostics.errors import InputError
+from vggrepro import shard_build, shard_writer
+from vggrepro.cli import main
+from vggrepro.config import TrainConfig
+from vggrepro.data_source import open_data, open_index
+from vggrepro.example_reader import read_example
+from vggrepro.run_lock import acquire_lock
+from vggrepro.shards import read_table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    target = tmp_path_factory.mktemp("expected") / "shards"
+    build(folder, target)
+    return content(target)
+
+
+@pytest.fixture
+def dirty(folder: Path, tmp_path: Path) -> Path:
+    """Training image 0 is empty, 4 is cut off, 9 is tiny."""
+    copy = shutil.copytree(folder, tmp_path / "dirty")
+    (copy / "train/a/train_0000.JPEG").write_bytes(b"")
+    cut = copy / "train/b/train_0004.JPEG"
+    cut.write_bytes(cut.read_bytes()[:-150])
+    (copy / "train/a/train_0009.JPEG").write_bytes(jpeg(pixels(5, 40, 0)))
+    return copy
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_same_bytes_whatever_the_workers(
+    folder: Path, tmp_path: Path, expected: dict[str, bytes], workers: int
+) -> None:
+    build(folder, tmp_path / "shards", workers)
+    assert content(tmp_path / "shards") == expected
+
+
+def test_every_image_is_stored_as_it_is(folder: Path, tmp_path: Path) -> None:
+    build(folder, tmp_path / "shards")
+    for split in ("train", "val"):
+        index = open_index(tmp_path / "shards", split)
+        for i, path in enumerate(index.paths):
+            assert read_example(index, i) == (folder / path).read_bytes()
+
+
+def test_shards_are_a_fair_sample(folder: Path, tmp_path: Path) -> None:
+    """Records in the order of their paths would make a window of one class."""
+    build(folder, tmp_path / "shards")
+    index = open_index(tmp_path / "shards", "train")
+    assert index.records is not None
+    for shard in range(len(index.records.files) - 1):
+        assert set(index.labels[index.records.shard == shard]) == {0, 1, 2}
+
+
+# Interruptions
+
+
+def test_a_stopped_build_goes_on(
+    folder: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "shards"
+    written: list[str] = []
+    whole = shard_writer.write_shard
+
+    def failing(directory: Path, plan: shard_build.ShardPlan, *more: object) -> object:
+        written.append(plan.file)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return whole(directory, plan, *more)
+
+    monkeypatch.setattr(shard_build, "write_shard", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, target, workers=1)
+    assert not (target / "shards.json").exists() and (target / written[0]).exists()
+    first = written[:2]
+    written[:] = ["", "", ""]  # from now on nothing fails
+    build(folder, target, workers=1)
+    assert not set(first) & set(written), "finished shards were written again"
+    assert content(target) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_build_goes_on(folder: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    target = tmp_path / "shards"
+    command = [
+        sys.executable, "-c", "import sys; from vggrepro.cli import main; sys.exit(main())",
+        "data", "build", str(folder), str(target), "--shard-megabytes", "0.02", "--workers", "2",
+    ]  # fmt: skip
+    kills = 0
+    while not (target / "shards.json").exists():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kills < 4 and process.poll() is None:
+            parts = list((target / "parts").glob("*")) if (target / "parts").exists() else []
+            if len(parts) > 2 * kills:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert kills > 1
+    assert content(target) == expected
+
+
+def test_a_finished_build_is_left_alone(
+    folder: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(folder, tmp_path / "shards")
+    monkeypatch.setattr(shard_build, "write_shard", lambda *_: 1 / 0)
+    manifest = build(folder, tmp_path / "shards")
+    assert manifest == json.loads(expected["shards.json"])
+
+
+def test_a_record_damaged_while_building_is_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shard_build.index_split
+
+    def flip(directory: Path, *more: object) -> object:
+        file = directory / "train-00001.tfrecord"
+        data = bytearray(file.read_bytes())
+        data[500] ^= 1
+        file.write_bytes(data)
+        return real(directory, *more)
+
+    monkeypatch.setattr(shard_build, "index_split", flip)
+    with pytest.raises(InputError, match="train-00001.tfrecord: a record is not what was written"):
+        build(folder, tmp_path / "shards")
+    assert not (tmp_path / "shards/shards.json").exists()
+
+
+# Dirty images
+
+
+def test_all_dirty_images_are_listed(dirty: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shards"
+    with pytest.raises(InputError, match="train/a/train_0000.JPEG: empty and 2 more"):
+        build(dirty, target)
+    assert (target / "refused.txt").read_text().splitlines() == [
+        "train/a/train_0000.JPEG: empty",
+        "train/a/train_0009.JPEG: tiny",
+        "train/b/train_0004.JPEG: truncated",
+    ]
+    with pytest.raises(InputError, match="no finished shards"):
+        open_index(target, "train")
+
+
+def test_dirty_images_can_be_skipped(dirty: Path, tmp_path: Path) -> None:
+    """After a refusal, in the same directory: finished shards are used again."""
+    target = tmp_path / "shards"
+    with pytest.raises(InputError):
+        build(dirty, target)
+    manifest = build(dirty, target, empty="skip", truncated="skip", tiny="convert")
+    known = manifest["splits"]["train"]
+    assert known["examples"] == 148
+    assert known["skipped"] == {
+        "train/a/train_0000.JPEG": ("empty",),
+        "train/b/train_0004.JPEG": ("truncated",),
+    }
+    assert known["found"] == {
+        **dict.fromkeys(known["found"], 0), "empty": 1, "truncated": 1, "tiny": 1, "grayscale": 4
+    }  # fmt: skip
+    index = open_index(target, "train")
+    assert len(index) == 148 and "train/a/train_0009.JPEG" in list(index.paths)
+    assert list(index.paths) == sorted(index.paths)
+    for path in ("train/a/train_0000.JPEG", "train/b/train_0004.JPEG"):
+        (dirty / path).unlink()
+    assert index.fingerprint == open_index(dirty, "train").fingerprint
+    for i in (0, 4, 9, 40):
+        assert read_example(index, i) == (dirty / index.paths[i]).read_bytes()
+
+
+def test_a_kind_may_be_refused_later(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="grayscale"):
+        build(folder, tmp_path / "shards", grayscale="fail")
+
+
+def test_a_class_may_not_vanish(dirty: Path, tmp_path: Path) -> None:
+    for file in (dirty / "val/c").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="every image of class 'c' in val was skipped"):
+        build(dirty, tmp_path / "shards", empty="skip", truncated="skip", tiny="skip")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("purple=skip", "Kinds: empty"),
+        ("tiny", "KIND=convert|skip|fail"),
+        ("tiny=drop", "KIND=convert|skip|fail"),
+        ("truncated=convert", "cannot be converted"),
+    ],
+)
+def test_bad_policies_are_refused(
+    tmp_path: Path, change: str, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["data", "build", "x", str(tmp_path / "y"), "--dirty", change]) == 2
+    assert words in capsys.readouterr().err
+
+
+# Resizing
+
+
+def test_resize_is_a_recorded_deviation(folder: Path, tmp_path: Path) -> None:
+    manifest = build(folder, tmp_path / "shards", resize=14)
+    assert manifest["resize"] == {"shorter_side": 14, "jpeg_quality": 95, "origin": "deviation"}
+    source = open_data(TrainConfig(data=str(tmp_path / "shards")), lambda text: None)
+    assert source.record["resized"] == manifest["resize"]
+    index = open_index(tmp_path / "shards", "train")
+    assert index.fingerprint != open_index(folder, "train").fingerprint
+    changed = 0
+    for i, path in enumerate(index.paths):
+        original = tf.io.decode_jpeg((folder / path).read_bytes(), channels=3)
+        stored = tf.io.decode_jpeg(read_example(index, i), channels=3)
+        if min(original.shape[:2]) <= 14:
+            assert read_example(index, i) == (folder / path).read_bytes()
+            continue
+        changed += 1
+        assert min(stored.shape[:2]) == 14
+        smaller = tf.image.resize(original, stored.shape[:2], antialias=True)
+        assert np.abs(stored.numpy() - smaller.numpy()).mean() < 6.0
+    assert changed > 50
+
+
+# Bad targets and sources
+
+
+def test_a_directory_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shards"
+    target.mkdir()
+    lock = acquire_lock(target)
+    with pytest.raises(InputError, match="is being built by another process"):
+        build(folder, target)
+    os.close(lock)
+    build(folder, target)
+
+
+def test_other_directories_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="not empty: it holds thesis.tex"):
+        build(folder, tmp_path)
+    target = tmp_path / "shards"
+    build(folder, target)
+    with pytest.raises(InputError, match="shards of other images or options"):
+        build(folder, target, resize=14)
+    (target / "shards.json").unlink()
+    with pytest.raises(InputError, match="not empty"):
+        build(folder, target)
+
+
+def test_an_unfinished_build_of_something_else_is_refused(dirty: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shards"
+    with pytest.raises(InputError, match="empty and 2 more"):
+        build(dirty, target)
+    (dirty / "train/a/train_0000.JPEG").unlink()
+    with pytest.raises(InputError, match="an unfinished build of other images"):
+        build(dirty, target)
+
+
+def test_space_is_checked_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="0.0 GB free, the shards need"):
+        build(folder, tmp_path / "shards")
+    assert not list((tmp_path / "shards").glob("*.tfrecord"))
+
+
+def test_a_full_disk_is_one_line(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shards"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+    try:
+        with pytest.raises(InputError, match="cannot write .*train-0000.*tfrecord"):
+            build(folder, target, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(target.glob(".tmp-*"))
+    build(folder, target)
+
+
+def test_a_file_that_changes_is_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    real = shard_build._claim
+
+    def grow(*arguments: object) -> None:
+        with (copy / "val/a/val_0003.JPEG").open("ab") as file:
+            file.write(b"more")
+        real(*arguments)
+
+    monkeypatch.setattr(shard_build, "_claim", grow)
+    with pytest.raises(InputError, match="val_0003.JPEG has changed since it was listed"):
+        build(copy, tmp_path / "shards")
+
+
+def test_index_holds_a_hash_of_each_image(folder: Path, tmp_path: Path) -> None:
+    build(folder, tmp_path / "shards")
+    index, table = open_index(tmp_path / "shards", "val"), read_table(tmp_path / "shards", "val")
+    for i, path in enumerate(index.paths):
+        digest = hashlib.sha256((folder / path).read_bytes()).digest()
+        assert table["sha256"][i].tobytes() == digest
