@@ -20,7 +20,8 @@ Reproduces VGG (Simonyan and Zisserman, arXiv 1409.1556) in TensorFlow."""
 EXIT_CODES = """\
 exit codes: 0 done, 1 fault of ours, 2 bad usage, configuration or data,
 3 the guard stopped the run and left an incident, 4 nothing to diagnose,
-5 the failure did not recur on replay, 130 interrupted, state saved"""
+5 the failure did not recur on replay, or verify found a difference,
+130 interrupted, state saved"""
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
