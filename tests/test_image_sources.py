@@ -144,7 +144,7 @@ def member(name: str, **changes: object) -> bytes:
         (member("x.JPEG", type=tarfile.FIFOTYPE), "no plain file"),
         (member("sub/x.JPEG"), "in a directory of its own"),
         (b"not a tar" * 200, "no readable tar"),
-        (tar_of({"x.JPEG": b"1" * 5000})[:2000], "cut off|no readable tar"),
+        (tar_of({"x.JPEG": b"1" * 5000})[:2000], "no readable tar"),
     ],
 )
 def test_unsafe_members_are_refused(tmp_path: Path, data: bytes, words: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from jpeg_samples import jpeg, pixels
-from shard_samples import build, content, make_folder
+from shard_samples import build, content, make_folder, recipe
 
 from diagnostics.errors import InputError
 from vggrepro import shard_build, shard_writer
@@ -23,7 +24,9 @@ from vggrepro.cli import main
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import open_data, open_index
 from vggrepro.example_reader import read_example
+from vggrepro.image_sources import open_source
 from vggrepro.run_lock import acquire_lock
+from vggrepro.shard_plan import plan_build
 from vggrepro.shards import read_table
 
 
@@ -62,7 +65,7 @@ def test_every_image_is_stored_as_it_is(folder: Path, tmp_path: Path) -> None:
     build(folder, tmp_path / "shards")
     for split in ("train", "val"):
         index = open_index(tmp_path / "shards", split)
-        for i, path in enumerate(index.paths):
+        for i, path in list(enumerate(index.paths))[::3]:
             assert read_example(index, i) == (folder / path).read_bytes()
 
 
@@ -192,9 +195,27 @@ def test_dirty_images_can_be_skipped(dirty: Path, tmp_path: Path) -> None:
         assert read_example(index, i) == (dirty / index.paths[i]).read_bytes()
 
 
-def test_a_kind_may_be_refused_later(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="grayscale"):
-        build(folder, tmp_path / "shards", grayscale="fail")
+def test_another_policy_judges_finished_shards_anew(dirty: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shards"
+    with pytest.raises(InputError, match="empty and 2 more"):
+        build(dirty, target)  # the shards that hold only greyscale ones are finished
+    others = {"empty": "skip", "truncated": "skip", "tiny": "skip"}
+    with pytest.raises(InputError, match="grayscale and 3 more"):
+        build(dirty, target, grayscale="fail", **others)
+    known = build(dirty, target, grayscale="skip", **others)["splits"]["train"]
+    assert known["examples"] == 150 - 3 - 4 and len(known["skipped"]) == 7
+
+
+def test_a_stopped_shard_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    plan = plan_build(open_source(folder), 20_000)
+    stop = threading.Event()
+    stop.set()
+    images = plan.source.splits["train"]
+    with pytest.raises(shard_writer.Interrupted):
+        shard_writer.write_shard(
+            tmp_path, plan.shards[0], images, recipe(), stop, lambda size: None
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_class_may_not_vanish(dirty: Path, tmp_path: Path) -> None:
@@ -231,7 +252,7 @@ def test_resize_is_a_recorded_deviation(folder: Path, tmp_path: Path) -> None:
     index = open_index(tmp_path / "shards", "train")
     assert index.fingerprint != open_index(folder, "train").fingerprint
     changed = 0
-    for i, path in enumerate(index.paths):
+    for i, path in list(enumerate(index.paths))[::4]:
         original = tf.io.decode_jpeg((folder / path).read_bytes(), channels=3)
         stored = tf.io.decode_jpeg(read_example(index, i), channels=3)
         if min(original.shape[:2]) <= 14:
@@ -241,7 +262,7 @@ def test_resize_is_a_recorded_deviation(folder: Path, tmp_path: Path) -> None:
         assert min(stored.shape[:2]) == 14
         smaller = tf.image.resize(original, stored.shape[:2], antialias=True)
         assert np.abs(stored.numpy() - smaller.numpy()).mean() < 6.0
-    assert changed > 50
+    assert changed > 10
 
 
 # Bad targets and sources

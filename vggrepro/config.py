@@ -75,7 +75,7 @@ class TrainConfig:
     decode: str = _setting(
         "fast",
         "exact: decode the whole image; fast: only the window that the crop needs",
-        silent="same pixels within the tolerance that the tests state",
+        silent="both give the same bits; exact also notices damage outside the window",
     )
     order: str = _setting(
         "full",

@@ -5,7 +5,8 @@ mean RGB. Rescaling and cropping are one resampling: only the pixels of the crop
 are computed, on the grid of the rescaled image. Two ways to the source pixels:
 
 exact  decodes the whole image; equals `tf.image.resize(antialias=True)` + slice.
-fast   decodes only the window that the crop's resampling kernel can reach.
+fast   decodes only the window that the crop's resampling kernel can reach: the same
+       bits, sooner. Damage beyond the window goes unnoticed.
 
 Images are RGB, float32, 0..255 minus the mean, not scaled otherwise. The `keyscubic`
 kernel may overshoot 0..255 at edges; `triangle` may not. With small images the time
@@ -21,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-# A window is wider than the kernel needs by this many source pixels: JPEG
-# decoders interpolate subsampled chroma from neighbours that a window cuts off.
+# A window is wider than the kernel needs by this many source pixels: JPEG decoders
+# interpolate subsampled chroma from neighbours that a window cuts off. Its outermost two
+# pixels may differ from the whole image's, no others do.
 _WINDOW_MARGIN = 2.0
 _KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
