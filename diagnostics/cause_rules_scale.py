@@ -21,6 +21,7 @@ from diagnostics.signals import (
 )
 from diagnostics.telemetry_view import scalar_column
 
+_LARGE_PARAMETER = 30.0  # RMS
 _EXPLODES = 3.0  # bits of amplification that a net may have and still train
 _ADAPTIVE = ("adam", "rmsprop", "adagrad", "nadam", "adamw", "adamax", "ftrl", "lion", "lamb")
 # Of SGD it is rate / (1 - momentum) that counts.
@@ -29,12 +30,14 @@ _LARGE_RATE = {"adaptive": 0.03, "sgd": 1.0}
 
 def scale_findings(evidence: Evidence) -> Iterator[Finding]:
     """Initialiser and learning rate, where something grew out of bounds."""
+    yield from _impossible_rate(evidence)
     if not exploded(evidence):
         return
     gains = layer_gains(evidence)
     amplified = gain_bits(gains)[0]
     yield from _gains(evidence, gains, amplified)
     yield from _first_step(evidence, amplified)
+    yield from _large_parameters(evidence)
     yield from _init_replays(evidence, amplified)
     yield from _rate(evidence)
     yield from _schedule(evidence)
@@ -90,12 +93,17 @@ def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
     if absurd_loss and amplified > 2.0:
         yield Finding("init", min(3.0, 0.8 * math.log10(ratio or 1.0) + 0.7), absurd_loss)
     if seen is not None and seen[0] > 300:
-        yield Finding(
-            "init",
-            min(2.5, 0.4 * math.log10(seen[0])),
+        text = (
             f"At step 0 the pre-activations of {seen[1]} are already {number(seen[0])} times "
-            "as large as the input",
+            "as large as the input"
         )
+        weight = min(2.5, 0.4 * math.log10(seen[0]))
+        if layer_gains(evidence) and amplified < 2.0:
+            # Kernels that keep the scale did not do that.
+            text += ", although the kernels keep its scale: an activation or layer multiplies it"
+            yield Finding("architecture", weight, text)
+        else:
+            yield Finding("init", weight, text)
     absurd = absurd_loss is not None or (seen is not None and seen[0] > 300)
     if evidence.onset is not None and not absurd and amplified < 2 * _EXPLODES:
         if not unscaled(evidence):
@@ -113,6 +121,19 @@ def _sane_start(evidence: Evidence, loss: float | None) -> str:
         f"{began}from step {onset.step} on the {onset.quantity.replace('_', ' ')}{where} grows "
         f"{number(onset.growth_per_step)} times a step"
     )
+
+
+def _large_parameters(evidence: Evidence) -> Iterator[Finding]:
+    """Embeddings, biases and the like that begin far from 1; kernels have a gain of their own."""
+    kernels = {e.weight for e in evidence.facts.layers if e.weight and e.kind != "Embedding"}
+    for name, stats in evidence.initial_weight_stats.items():
+        if name.startswith("params/") and name not in kernels and stats.rms > _LARGE_PARAMETER:
+            yield Finding(
+                "init",
+                min(5.0, 2.0 + math.log10(stats.rms)),
+                f"{name.removeprefix('params/')} begins with RMS {number(stats.rms)}, "
+                "where layers are made for about 1",
+            )
 
 
 def _init_replays(evidence: Evidence, amplified: float) -> Iterator[Finding]:
@@ -141,12 +162,20 @@ def _updates(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def _impossible_rate(evidence: Evidence) -> Iterator[Finding]:
+    """A rate that no run survives, asked for or made by a schedule."""
+    rates = scalar_column(evidence.telemetry, "lr")
+    asked = evidence.facts.learning_rate
+    used = asked if rates is None or not rates.size else float(rates[-1])
+    for rate in dict.fromkeys((asked, used)):
+        if rate is not None and (rate < 0 or not math.isfinite(rate)):
+            yield Finding("learning_rate", 8.0, f"The learning rate is {rate:g}")
+            return
+
+
 def _rate(evidence: Evidence) -> Iterator[Finding]:
     rate = evidence.facts.learning_rate
-    if rate is None:
-        return
-    if rate < 0 or not math.isfinite(rate):
-        yield Finding("learning_rate", 6.0, f"The learning rate is {rate:g}")
+    if rate is None or rate < 0 or not math.isfinite(rate):
         return
     excess = _rate_excess(evidence)
     if excess > 1:

@@ -157,10 +157,14 @@ def changed_start(state: State, facts: RunFacts, change: Change | None) -> State
         return state
     changed = dict(state)
     for seed, layer in enumerate(facts.layers):
-        if layer.weight is None or layer.weight not in state or layer.kind == "Embedding":
+        if layer.weight is None or layer.weight not in state:
             continue
         old = state[layer.weight]
-        if change.kind == "init_scale":
+        if layer.kind == "Embedding" and change.kind == "init":
+            # As Keras draws them by itself; their size has nothing to do with fan-in.
+            new = keras.initializers.RandomUniform(seed=seed)(old.shape)
+            changed[layer.weight] = keras.ops.convert_to_numpy(new).astype(old.dtype)
+        elif change.kind == "init_scale":
             changed[layer.weight] = (old * np.asarray(change.value, old.dtype)).astype(old.dtype)
         else:
             initialiser = type(keras.initializers.get(change.value))(seed=seed)
