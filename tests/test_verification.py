@@ -76,7 +76,8 @@ def test_a_run_is_bit_identical_over_its_whole_length(run_dir):
     assert (found.first_step, found.end_step) == (0, 10)
     # Validations after 2, 4, 5 (the first end), 6, 8 and 10 steps; states 4, 5, 8, 10.
     assert found.compared == {"steps": 10, "validations": 6, "states": 4}
-    assert found.environment == []
+    # Files may be edited beside this test.
+    assert [text for text in found.environment if not text.startswith("code: ")] == []
 
 
 def test_some_steps_from_the_checkpoint_before_them(run_dir):
@@ -200,7 +201,7 @@ def test_the_environment_that_may_explain_it_is_told(copy, capsys):
     manifest["environment"]["code"]["commit"] = "0123abc"
     rewrite(copy / "manifest.json", environment=manifest["environment"])
     told = "\n".join(verify(copy, 0, 1).environment)
-    assert "cpu: abacus when recorded" in told and "code: commit 0123abc when recorded" in told
+    assert "cpu: abacus when recorded" in told and "commit 0123abc" in told
     rewrite(copy / "config.json", lr=0.011)
     assert main(["verify", str(copy), "--steps", ":1"]) == 5
     shown = capsys.readouterr().out

@@ -229,10 +229,14 @@ class _Replay:
     def _environment(self) -> list[str]:
         recorded, current = self._manifest.get("environment", {}), describe_environment()
         found = differences(recorded, current)
-        codes = [known.get("code", {}).get("commit") for known in (recorded, current)]
-        if codes[0] != codes[1]:
-            found.append(f"code: commit {codes[0]} when recorded, {codes[1]} now")
-        return found
+        was, now = (_code(known.get("code", {})) for known in (recorded, current))
+        return found if was == now else [*found, f"code: {was} when recorded, {now} now"]
+
+
+def _code(known: Mapping[str, Any]) -> str:
+    """Version, commit, and whether files differ from it."""
+    changed = " with changes" if known.get("dirty") else ""
+    return f"{known.get('version')} commit {str(known.get('commit'))[:12]}{changed}"
 
 
 def _records(
