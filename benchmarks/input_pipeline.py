@@ -8,15 +8,19 @@ processes disturb less. Every round starts a fresh iterator, so nothing of one v
 is computed in another's time. Op determinism stays off: it would make the
 stateful random ops of plain TensorFlow take turns; ours has none.
 
-Usage: python benchmarks/input_pipeline.py [--size demo|photographs|both] [--rounds N]
+Then the same images from shards: cold and warm, the first batch at step 0 and 300,000, the
+rate of `data build`; with --entries N, index, order and memory of N tiny images.
+
+Usage: python benchmarks/input_pipeline.py [--size demo|photographs|both|none] [--rounds N]
+       [--entries N]
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,9 +30,10 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+import storage_cost
 import tensorflow as tf
+from interleaved import BATCH, Cost, Run, cost_since, measure, table_of, timing
 from rich.console import Console
-from rich.table import Table
 
 from vggrepro.dataset import TrainingStream
 from vggrepro.environment import describe_environment
@@ -37,19 +42,8 @@ from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.synthetic import ensure_synthetic
 
-Run = Callable[[int], "Cost"]  # what so many images cost
-
-BATCH = 32
 MEAN_RGB = (123.68, 116.779, 103.939)
 COMPONENTS = ((-0.123, 0.014, 0.002), (-0.126, 0.0, -0.004), (-0.127, -0.013, 0.002))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds an image, by the wall clock and summed over the process's threads."""
-
-    wall: float
-    cpu: float
 
 
 @dataclass(frozen=True)
@@ -99,25 +93,6 @@ def settings(size: Size, decode: str) -> Preprocessing:
     )
 
 
-def cost_since(started: tuple[float, float], images: int) -> Cost:
-    wall, cpu = started
-    return Cost((time.perf_counter() - wall) / images, (time.process_time() - cpu) / images)
-
-
-def timing(dataset: tf.data.Dataset) -> Run:
-    """Times batches of BATCH images; the first one of every call is not counted."""
-
-    def run(images: int) -> Cost:
-        batches = iter(dataset)
-        next(batches)
-        started = time.perf_counter(), time.process_time()
-        for _ in range(images // BATCH):
-            next(batches)
-        return cost_since(started, images)
-
-    return run
-
-
 def ours(index: ExampleIndex, preprocessing: Preprocessing) -> Run:
     return timing(TrainingStream(index, preprocessing, BATCH, seed=0).stream(0))
 
@@ -154,6 +129,33 @@ def cut_out(size: Size) -> Callable[[tf.Tensor], tf.Tensor]:
     def process(jpeg: tf.Tensor) -> tf.Tensor:
         side = size.image_size
         return tf.cast(tf.ensure_shape(decode(jpeg)[:side, :side], [side, side, 3]), tf.float32)
+
+    return process
+
+
+def least_work(size: Size) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A bound from below: the centre window decoded, then the two passes of antialiased
+    resampling and nothing else, neither the transpositions between them nor the colours."""
+
+    def process(jpeg: tf.Tensor) -> tf.Tensor:
+        side = size.image_size
+        shape = tf.io.extract_jpeg_shape(jpeg)[:2]
+        scale = size.scale / tf.cast(tf.reduce_min(shape), tf.float32)
+        count = tf.cast(tf.math.ceil(side / scale), tf.int32)
+        window = tf.stack([*tf.unstack((shape - count) // 2), count, count])
+        pixels = tf.io.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method="INTEGER_ACCURATE")
+        lines = tf.reshape(pixels, [1, 1, count, 3 * count])
+        for _ in range(2):
+            lines = tf.raw_ops.ScaleAndTranslate(
+                images=lines,
+                size=[1, side],
+                scale=tf.stack([1.0, scale]),
+                translation=[0.0, 0.0],
+                kernel_type="triangle",
+                antialias=True,
+            )
+            lines = tf.reshape(lines, [1, 1, -1, 3 * side])
+        return tf.reshape(lines, [side, side, 3])
 
     return process
 
@@ -211,22 +213,12 @@ def variants(index: ExampleIndex, size: Size) -> dict[str, Run]:
         "ours, exact": ours(index, settings(size, "exact")),
         "ours, fast": ours(index, settings(size, "fast")),
         "ours, exact, keyscubic": ours(index, cubic),
+        "window, two passes (bound)": with_tensorflow(index, least_work(size)),
         "plain TensorFlow": with_tensorflow(index, plain_tensorflow(size, antialias=False)),
         "plain TensorFlow, antialias": with_tensorflow(index, plain_tensorflow(size, True)),
     }
     pillow = with_pillow(index, size)
     return {**found, "Pillow, one process": pillow} if pillow else found
-
-
-def measure(runs: dict[str, Run], images: int, rounds: int) -> dict[str, list[Cost]]:
-    """What an image costs, for every variant and round, in turn."""
-    for run in runs.values():
-        run(2 * BATCH)
-    costs: dict[str, list[Cost]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            costs[name].append(run(images))
-    return costs
 
 
 def report(console: Console, size: Size, folder: Path, rounds: int) -> None:
@@ -237,25 +229,33 @@ def report(console: Console, size: Size, folder: Path, rounds: int) -> None:
         f"{size.name}; {len(index)} files of {kilobytes:.0f} KB on average; "
         f"{rounds} rounds of {size.images} images"
     )
-    table = Table("variant", "images/s", "ratio to decode only", "CPU us an image", "CPU ratio")
-    for name, found in costs.items():
-        pairs = list(zip(found, costs["decode only"], strict=True))
-        wall = statistics.median(cost.wall for cost in found)
-        cpu = statistics.median(cost.cpu for cost in found)
-        table.add_row(
-            name,
-            f"{1 / wall:.0f}",
-            f"{statistics.median(base.wall / cost.wall for cost, base in pairs):.2f}",
-            f"{1e6 * cpu:.0f}",
-            f"{statistics.median(base.cpu / cost.cpu for cost, base in pairs):.2f}",
-        )
-    console.print(table)
+    console.print(table_of(costs))
+
+
+def report_storage(console: Console, folder: Path, shards: Path, rounds: int) -> None:
+    """The same images as files and as shards."""
+    size = SIZES["photographs"]
+    storage_cost.build(console, folder, shards, 5_000_000)
+    streams = storage_cost.streams(folder, shards, settings(size, "fast"), BATCH)
+    index = index_folder(folder, "train")
+    runs = {
+        "decode only": with_tensorflow(index, lambda jpeg: tf.reduce_max(tf.shape(decode(jpeg)))),
+        **{name: timing(make().stream(0)) for name, make in streams.items()},
+    }
+    for cache in ("warm", "cold"):
+        dropped = (folder, shards) if cache == "cold" else ()
+        prepare = functools.partial(storage_cost.drop_from_cache, dropped)
+        costs = measure(runs, size.images, rounds, prepare)
+        console.print(f"{cache} cache")
+        console.print(table_of(costs))
+    storage_cost.report_latency(console, streams, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=[*SIZES, "both"], default="photographs")
+    parser.add_argument("--size", choices=[*SIZES, "both", "none"], default="photographs")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--entries", type=int, default=0, help="a multiple of 1000")
     options = parser.parse_args()
     console = Console()
     environment = describe_environment()
@@ -268,6 +268,9 @@ def main() -> None:
         if options.size in ("photographs", "both"):
             folder = photographs(Path(temporary) / "photographs")
             report(console, SIZES["photographs"], folder, options.rounds)
+            report_storage(console, folder, Path(temporary) / "shards", options.rounds)
+        if options.entries:
+            storage_cost.report_entries(console, options.entries, Path(temporary) / "entries")
 
 
 if __name__ == "__main__":
