@@ -14,13 +14,14 @@ from test_dataset import PYTHON_OPS, op_types, same_bits
 
 from diagnostics.errors import InputError
 from vggrepro.cli import main
-from vggrepro.data_source import open_index
+from vggrepro.config import TrainConfig
+from vggrepro.data_source import open_data, open_index
 from vggrepro.dataset import EvaluationStream, TrainingStream
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
 from vggrepro.shard_check import check_shards
 from vggrepro.shards import PathTable, read_table
-from vggrepro.statistics import training_statistics
+from vggrepro.statistics import ColourStatistics, training_statistics
 
 AUGMENTED = settings(
     scale_min=18, scale_max=24, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR
@@ -60,6 +61,19 @@ def test_index_is_that_of_the_folder(folder: Path, index: ExampleIndex) -> None:
     assert np.array_equal(index.labels, images.labels)
     assert index.fingerprint == images.fingerprint
     assert training_statistics(index) == training_statistics(images)
+
+
+def test_statistics_are_kept_and_used(
+    folder: Path, copy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["data", "stats", "--json", str(copy)]) == 0
+    shown = ColourStatistics.from_dict(json.loads(capsys.readouterr().out))
+    assert shown == training_statistics(open_index(folder, "train"))
+    kept = copy / "vggrepro-statistics.json"
+    marked = {**json.loads(kept.read_text()), "mean_rgb": [1.0, 2.0, 3.0]}
+    kept.write_text(json.dumps(marked))
+    source = open_data(TrainConfig(data=str(copy)), lambda text: None)
+    assert source.mean_rgb == (1.0, 2.0, 3.0)
 
 
 @pytest.mark.parametrize("step", [0, 1, 13, 14, 300_000])  # an epoch is 13.6 steps

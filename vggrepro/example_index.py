@@ -60,6 +60,11 @@ class ExampleIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def ids_in_storage_order(self) -> np.ndarray:
+        """int64 [n]: the order in which all examples are read fastest."""
+        return np.arange(len(self)) if self.records is None else self.records.ids_in_storage_order
+
     def name_of(self, example_id: int) -> str:
         """Path of an example, relative to `root`."""
         return self.paths[example_id]

@@ -25,6 +25,23 @@ def index_folder(root: str | os.PathLike[str], split: str) -> ExampleIndex:
         empty, or a class directory holds something that is not a JPEG file by its name.
     """
     base = os.fspath(root)
+    class_names, examples = list_examples(base, split)
+    return ExampleIndex(
+        base,
+        split,
+        tuple(path for path, _, _ in examples),
+        np.array([label for _, label, _ in examples], np.int32),
+        class_names,
+        fingerprint(examples),
+    )
+
+
+def list_examples(base: str, split: str) -> tuple[tuple[str, ...], list[tuple[str, int, int]]]:
+    """The class names, and (path, label, size in bytes) of every image of a split, sorted.
+
+    Raises:
+      InputError: as `index_folder`.
+    """
     classes = {name: _class_names(join(base, name)) for name in ("train", "val")}
     for name, other in (("val", "train"), ("train", "val")):
         unknown = sorted(set(classes[name]) - set(classes[other]))
@@ -32,19 +49,11 @@ def index_folder(root: str | os.PathLike[str], split: str) -> ExampleIndex:
             raise InputError(
                 f"{base}: class '{unknown[0]}' is in {name}/ but not in {other}/", _LAYOUT
             )
-    examples = [
+    return tuple(classes[split]), [
         (f"{split}/{class_name}/{file_name}", label, size)
         for label, class_name in enumerate(classes[split])
         for file_name, size in image_files(join(base, split, class_name))
     ]
-    return ExampleIndex(
-        base,
-        split,
-        tuple(path for path, _, _ in examples),
-        np.array([label for _, label, _ in examples], np.int32),
-        tuple(classes[split]),
-        fingerprint(examples),
-    )
 
 
 def _class_names(folder: str) -> list[str]:

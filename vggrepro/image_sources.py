@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from diagnostics.errors import InputError
-from vggrepro.image_folder import image_files, index_folder
+from vggrepro.image_folder import image_files, list_examples
 from vggrepro.source_image import SourceImage
 from vggrepro.storage import exists, join, list_directory, read_bytes
 from vggrepro.tar_source import TRAIN_TAR, open_tars
@@ -62,13 +62,8 @@ def open_source(root: str | os.PathLike[str]) -> Source:
 
 
 def _open_folder(root: str, split: str) -> list[SourceImage]:
-    index = index_folder(root, split)
-    sizes = {
-        f"{split}/{name}/{file}": size
-        for name in index.class_names
-        for file, size in image_files(join(root, split, name))
-    }
-    return [SourceImage(path, sizes[path], join(root, path)) for path in index.paths]
+    _, examples = list_examples(root, split)
+    return [SourceImage(path, size, join(root, path)) for path, _, size in examples]
 
 
 def _open_kaggle(root: str, images: str) -> Source:

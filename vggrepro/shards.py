@@ -76,7 +76,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
     path = join(root, MANIFEST)
     if not exists(path):
         raise InputError(
-            f"{root} holds no finished shards", "Run the same `vggrepro data build` again"
+            f"{root} holds no finished shards", "Make or finish them with `vggrepro data build`"
         )
     try:
         manifest = json.loads(read_bytes(path))

@@ -10,7 +10,7 @@ from diagnostics.errors import InputError
 from vggrepro.storage import is_url, storage_errors
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)  # there may be millions
 class SourceImage:
     """One image: its path in the ILSVRC layout, and where its bytes are."""
 

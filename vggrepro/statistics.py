@@ -91,16 +91,17 @@ def training_statistics(
     cached = _read_cache(cache, index.fingerprint)
     if cached is not None:
         return cached
+    example_ids = index.ids_in_storage_order
     moments = np.empty([len(index), _MOMENTS])
     done = 0
     try:
-        for rows in _moments_dataset(index):
+        for rows in _moments_dataset(index, example_ids):
             moments[done : done + len(rows)] = rows
             done += len(rows)
             if on_progress:
                 on_progress(done, len(index))
     except tf.errors.OpError as error:
-        bad = find_bad_example(index, range(done, len(index)))
+        bad = find_bad_example(index, example_ids[done:])
         raise bad or InputError(f"cannot read {index.root}: {error.message}") from error
     statistics = _from_moments(moments, index)
     if cache is not None:
@@ -108,9 +109,9 @@ def training_statistics(
     return statistics
 
 
-def _moments_dataset(index: ExampleIndex) -> Any:
+def _moments_dataset(index: ExampleIndex, example_ids: np.ndarray) -> Any:
     """Batches of per-image moments, float64 [b, 9]: E[c], then E[c d] for c <= d."""
-    images = example_files(index).map(
+    images = example_files(index, example_ids).map(
         _image_moments, num_parallel_calls=os.cpu_count() or 1, deterministic=True
     )
     return images.batch(256).prefetch(1).as_numpy_iterator()
