@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from small_runs import tiny_config, tiny_data
 from diagnostics.errors import InputError
 from vggrepro import protocols, trainer
 from vggrepro.cli import main
-from vggrepro.data_source import open_data
+from vggrepro.data_source import open_data, open_index
 from vggrepro.evaluated_net import net_of_file, net_of_run
+from vggrepro.model import network_of
 from vggrepro.posteriors import PosteriorMean
 from vggrepro.preprocessing import rescaled_size
 from vggrepro.whole_images import WholeImages, image_sizes, rescaled_sizes
@@ -255,18 +258,12 @@ def test_a_scale_below_the_crop_and_other_classes_are_told(nets, index):
     other = dict(nets[0].parameters)
     other["predictions/kernel"] = np.zeros([205, 7], np.float32)
     other["predictions/bias"] = np.zeros(7, np.float32)
-    from dataclasses import replace
-
-    from vggrepro.model import network_of
-
-    odd = replace(nets[0], network=network_of("A", other, 32), parameters=other)
+    odd = dataclasses.replace(nets[0], network=network_of("A", other, 32), parameters=other)
     with pytest.raises(InputError, match="net A tells 7 classes apart, .* has 3"):
         protocols.evaluate([odd], [(37,)], index, "center", 4)
 
 
 def test_a_damaged_image_is_named(nets, data, tmp_path):
-    import shutil
-
     shutil.copytree(data, tmp_path / "images")
     bad = sorted((tmp_path / "images" / "val").rglob("*.JPEG"))[4]
     bad.write_bytes(bad.read_bytes()[:300])
@@ -274,6 +271,21 @@ def test_a_damaged_image_is_named(nets, data, tmp_path):
     for protocol in ("center", "dense"):
         with pytest.raises(InputError, match=bad.name):
             protocols.evaluate(nets[:1], [(37,)], damaged, protocol, 4)
+
+
+def test_shards_give_what_their_files_give(nets, data, index, tmp_path):
+    shards = tmp_path / "shards"
+    assert main(["data", "build", str(data), str(shards)]) == 0
+    packed = open_index(str(shards), "val")
+    assert packed.records is not None and packed.fingerprint == index.fingerprint
+    for protocol in ("center", "dense"):
+        compiled = protocols.CompiledNet(nets[0], protocol)
+        pair = []
+        for one in (index, packed):
+            passed = compiled.over(one, 45, image_sizes(one), 8)
+            pair.append({i: row for ids, rows in passed for i, row in zip(ids, rows, strict=True)})
+        assert pair[0].keys() == pair[1].keys() == set(range(9))
+        assert all(np.array_equal(pair[0][i], pair[1][i]) for i in range(9))
 
 
 # ---------------------------------------------------------------- the command
