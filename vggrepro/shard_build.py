@@ -67,12 +67,13 @@ def build_shards(
     directory = Path(target)
     plan = plan_build(open_source(source), shard_bytes)
     identity = _identity(plan, recipe, shard_bytes)
-    if (directory / MANIFEST).exists():
-        return _finished(directory, identity)
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
+    _refuse_strangers(directory)
     lock = _lock(directory)
     try:
+        if (directory / MANIFEST).exists():
+            return _finished(directory, identity)
         _claim(directory, identity)
         parts = _write_all(directory, plan, recipe, workers, on_progress)
         manifest = _publish(directory, plan, recipe, identity, parts, workers, on_progress)
@@ -109,23 +110,27 @@ def _lock(directory: Path) -> int:
         ) from error
 
 
-def _claim(directory: Path, identity: dict[str, Any]) -> None:
-    """Makes sure that the directory is empty or this build's own."""
-    claim = directory / BUILD
-    if claim.exists():
-        if json.loads(claim.read_text()) != identity:
-            raise InputError(
-                f"{directory} holds an unfinished build of other images or options",
-                "Delete it or choose another directory",
-            )
-        remove_temporaries(directory)
-        return
-    strange = sorted(entry.name for entry in directory.iterdir() if entry.name != LOCK_FILE)
-    if strange:
+def _refuse_strangers(directory: Path) -> None:
+    """A directory that is neither empty nor a build's is left as it is, without a lock."""
+    names = {entry.name for entry in directory.iterdir()}
+    if names - {LOCK_FILE} and not names & {MANIFEST, BUILD}:
         raise InputError(
-            f"{directory} is not empty: it holds {strange[0]}", "Choose another directory"
+            f"{directory} is not empty: it holds {min(names - {LOCK_FILE})}",
+            "Choose another directory",
         )
-    write_json(claim, identity)
+
+
+def _claim(directory: Path, identity: dict[str, Any]) -> None:
+    """Makes the directory this build's own, or makes sure that it is."""
+    claim = directory / BUILD
+    if not claim.exists():
+        write_json(claim, identity)
+    elif json.loads(claim.read_text()) != identity:
+        raise InputError(
+            f"{directory} holds an unfinished build of other images or options",
+            "Delete it or choose another directory",
+        )
+    remove_temporaries(directory)
 
 
 def _write_all(
