@@ -53,6 +53,7 @@ def record(nets=None, scales=(256, 384, 512), protocol="dense", **changes):
         "scales": list(scales),
         "images": 50_000,
         "split": "val",
+        "pool_rounding": "down",
         "classes": 1000,
         "top1_error": 25.0,
         "top5_error": 7.6,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vggrepro.config import ARCHITECTURES
-from vggrepro.dense import dense_log_posteriors, score_map
+from vggrepro.dense import dense_log_posteriors, score_map, with_pools_rounding_up
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import FlattenLayer, build_network, forward
 from vggrepro.multicrop import CROPS, GRID, grid_offsets, multicrop_log_posteriors
@@ -79,6 +79,28 @@ def test_on_larger_images_the_scores_are_the_head_slid_over_every_window(arch, h
             expected[:, row, column] = head(parameters, window.reshape(2, -1))
     scores = score_map(network, parameters, tf.constant(images)).numpy()
     assert scores == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_pools_that_round_up_keep_odd_rows_and_columns():
+    network, parameters = net()
+    images = pictures(101, 160, count=1)
+    caffe = with_pools_rounding_up(network)
+    maps = images
+    for layer in caffe.layers[:-4]:
+        if "pool" in layer.name:
+            spare = [(0, 0), (0, maps.shape[1] % 2), (0, maps.shape[2] % 2), (0, 0)]
+            maps = np.pad(maps, spare, constant_values=-np.inf)
+            maps = maps.reshape(1, maps.shape[1] // 2, 2, maps.shape[2] // 2, 2, -1).max((2, 4))
+        else:
+            kernel, bias = (parameters[f"{layer.name}/{part}"] for part in ("kernel", "bias"))
+            maps = np.maximum(tf.nn.conv2d(maps, kernel, 1, "SAME").numpy() + bias, 0)
+    assert maps.shape[1:3] == (4, 5)  # 101 pixels: 51, 26, 13, 7, 4
+    scores = score_map(caffe, parameters, tf.constant(images)).numpy()
+    expected = head(parameters, maps[:, 2:4, 3:5].reshape(1, -1))
+    assert scores.shape[1:3] == (3, 4)
+    assert scores[:, 2, 3] == pytest.approx(expected, rel=1e-4, abs=1e-3)
+    down = score_map(network, parameters, tf.constant(images)).numpy()
+    assert down.shape[1:3] == (2, 4)
 
 
 def test_the_net_slid_over_crops_is_something_else():

@@ -320,6 +320,14 @@ def test_several_runs_are_fused_each_at_its_own_scales(runs, nets, index, capsys
     assert list((runs[0] / "evaluations").glob("center-own-scales-fusion-*.json"))
 
 
+def test_pools_may_round_up_as_in_caffe(runs, capsys):
+    down = evaluate_json(capsys, runs[0], "--scales", "50")
+    up = evaluate_json(capsys, runs[0], "--scales", "50", "--pool-rounding", "up")
+    assert (down["pool_rounding"], up["pool_rounding"]) == ("down", "up")
+    assert down["loss"] != up["loss"]
+    assert (runs[0] / "evaluations" / "dense-50-pools-up.json").exists()
+
+
 def test_the_training_split_is_marked_as_such(runs, capsys):
     found = evaluate_json(capsys, runs[0], "--protocol", "center", "--split", "train")
     assert (found["split"], found["images"]) == ("train", 36)

@@ -1,5 +1,7 @@
 """Recipes are the paper's runs; the paper's tables are typed in right."""
 
+import json
+
 import pytest
 
 from diagnostics.errors import InputError
@@ -110,6 +112,16 @@ def test_the_list_names_cost_and_result_of_every_recipe(capsys):
         assert f"{entry.images:,}" in text and f"{entry.flop:.1e}" in text
         assert entry.expected in text and entry.purpose in text
     assert text.splitlines()[0].split() == ["recipe", "images", "FLOP", "hours", "at", "TFLOP/s"]
+
+
+def test_recipes_as_json(capsys):
+    assert main(["recipes", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["recipes"]
+    assert [one["name"] for one in listed] == list(RECIPES)
+    assert main(["recipes", "paper-E-384", "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["recipes"]
+    assert one["source"] == "paper-E-256" and one["config"]["lr"] == 0.001
+    assert one["hours"] == pytest.approx(one["flop"] / one["flop_per_second"] / 3600)
 
 
 def manifest_of(name, **changes):

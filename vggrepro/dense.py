@@ -14,7 +14,16 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from vggrepro.model import FlattenLayer, Network, forward
+from vggrepro.model import FlattenLayer, Network, PoolLayer, forward
+
+
+def with_pools_rounding_up(network: Network) -> Network:
+    """The net with Caffe's pooling, which keeps odd last rows and columns."""
+    layers = (
+        dataclasses.replace(layer, round_up=True) if isinstance(layer, PoolLayer) else layer
+        for layer in network.layers
+    )
+    return dataclasses.replace(network, layers=tuple(layers))
 
 
 def score_map(
@@ -27,7 +36,8 @@ def score_map(
         the net's image size.
 
     Returns:
-      float32 [N, h, w, classes]; h = H // 32 - image_size // 32 + 1, w likewise.
+      float32 [N, h, w, classes]; h = H // 32 - image_size // 32 + 1, w likewise (with
+      pools that round up one more where H is no multiple of 32).
     """
     flatten = next(i for i, layer in enumerate(network.layers) if isinstance(layer, FlattenLayer))
     convolutions = dataclasses.replace(network, layers=network.layers[:flatten])

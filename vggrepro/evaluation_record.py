@@ -50,6 +50,8 @@ def save_record(record: dict[str, Any], run_dir: Path) -> Path:
     """Writes it into the run, replacing an older one of the same question; returns the file."""
     sides = "-".join(map(str, record["scales"])) or "own-scales"
     name = f"{record['protocol']}-{sides}"
+    if record["pool_rounding"] == "up":
+        name += "-pools-up"
     if record["split"] != "val":
         name += f"-{record['split']}"
     if len(record["nets"]) > 1:

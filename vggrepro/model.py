@@ -68,9 +68,15 @@ class WeightLayer:
 
 @dataclass(frozen=True)
 class PoolLayer:
-    """2x2 max pooling with stride 2, rounding down."""
+    """2x2 max pooling with stride 2.
+
+    Attributes:
+      round_up: an odd last row or column makes one more output, as in Caffe; TensorFlow's
+        default leaves it out. The same at 224 pixels; it matters to dense evaluation.
+    """
 
     name: str
+    round_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,7 @@ def forward(
                 if layer.dropout and dropout is not None and dropout.rate > 0:
                     values = dropout.apply(values, index)
             elif isinstance(layer, PoolLayer):
-                values = tf.nn.max_pool2d(values, 2, 2, "VALID")
+                values = tf.nn.max_pool2d(values, 2, 2, "SAME" if layer.round_up else "VALID")
             elif isinstance(layer, ResponseNormalization):
                 # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n.
                 values = tf.nn.local_response_normalization(values, 2, 2.0, 1e-4, 0.75)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "net's own three of the paper's Table 4. Default: each net's S")  # fmt: skip
     add("--data", metavar="PATH", help="a directory with train/ and val/. Default: the run's")
     add("--split", choices=("val", "train"), default="val", help="Default: val")
+    add("--pool-rounding", choices=("down", "up"), default="down", help="odd rows and columns in "
+        "pooling; down: left out, as in training here; up: kept, as in Caffe, which the authors "
+        "used. Default: down")  # fmt: skip
     add("--batch-size", type=int, default=16, metavar="INT", help="views of the net's own size in "
         "memory at a time. Default: 16")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
@@ -58,17 +62,23 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     from vggrepro import accelerator
     from vggrepro.data_source import open_index
+    from vggrepro.dense import with_pools_rounding_up
     from vggrepro.evaluation_record import make_record, save_record
     from vggrepro.protocols import evaluate
     from vggrepro.replay_progress import ReplayProgress
 
     accelerator.prepare(TrainConfig())
     nets = _nets(options)
+    if options.pool_rounding == "up":
+        nets = [
+            dataclasses.replace(net, network=with_pools_rounding_up(net.network)) for net in nets
+        ]
     scales = _scales(options.scales, nets)
     with contextlib.redirect_stdout(sys.stderr):  # making synthetic images is announced
         index = open_index(str(_data(options, nets)), options.split)
     with ReplayProgress(quiet=options.json) as progress:
         found = evaluate(nets, scales, index, options.protocol, options.batch_size, progress)
+    found["pool_rounding"] = options.pool_rounding
     record = make_record(options.protocol, scales, nets, index, found)
     if options.json:
         from diagnostics.durable_files import json_text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from diagnostics.durable_files import json_text
 from vggrepro.recipes import RECIPES, Recipe, recipe
 
 _HEAD = ("recipe", "images", "FLOP", "hours", "at TFLOP/s")
@@ -18,16 +20,36 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "expected result, and each field with its origin.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show in full")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the list, or one recipe."""
-    if options.name is None:
+    if options.json:
+        entries = RECIPES.values() if options.name is None else [recipe(options.name)]
+        print(json_text({"recipes": [_values(entry) for entry in entries]}, indent=2))
+    elif options.name is None:
         print("\n".join(_list()))
     else:
         print("\n".join(_description(recipe(options.name))))
     return 0
+
+
+def _values(entry: Recipe) -> dict[str, Any]:
+    """A recipe as plain JSON values."""
+    return {
+        "name": entry.name,
+        "purpose": entry.purpose,
+        "command": entry.command,
+        "images": entry.images,
+        "flop": entry.flop,
+        "hours": entry.hours,
+        "flop_per_second": entry.rate,
+        "expected": entry.expected,
+        "source": entry.source or None,
+        "config": entry.config().to_dict(),
+    }
 
 
 def _list() -> list[str]:
