@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -147,7 +147,12 @@ def without_loss_scale(optimizer: Any) -> Any:
 
 def rate_variable(model: Any) -> Any:
     """The variable that holds the learning rate; None under a schedule."""
-    rate = getattr(inner_optimizer(model), "_learning_rate", None)
+    return rate_variable_of(inner_optimizer(model))
+
+
+def rate_variable_of(optimizer: Any) -> Any:
+    """The same, of one optimizer without a loss scale."""
+    rate = getattr(optimizer, "_learning_rate", None)
     return rate if isinstance(rate, keras.Variable) else None
 
 
@@ -225,16 +230,37 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
 def optimizer_code(model: Any, **changes: Any) -> str:
     """The optimizer as Python, with some arguments changed; defaults are left out."""
     optimizer = inner_optimizer(model)
-    defaults = type(optimizer)().get_config()
+    try:
+        defaults = type(optimizer)().get_config()
+    except TypeError:  # an optimizer of the user's own that needs arguments
+        defaults = {}
+    config = _settings(optimizer, defaults)
     given: Mapping[str, Any] = {
         key: value
-        for key, value in optimizer.get_config().items()
+        for key, value in config.items()
         if key != "name" and value != defaults.get(key) and not isinstance(value, dict)
     }
-    merged = {"learning_rate": optimizer.get_config()["learning_rate"], **given, **changes}
+    rate = {"learning_rate": config["learning_rate"]} if "learning_rate" in config else {}
+    merged = {**rate, **given, **changes}
     inside = ", ".join(f"{key}={_shown(value)}" for key, value in merged.items())
     module = "keras.optimizers." if type(optimizer).__module__.startswith("keras.") else ""
     return f"{module}{type(optimizer).__name__}({inside})"
+
+
+class _Name(str):
+    """A name of the user's program, shown without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _settings(optimizer: Any, names: Iterable[str]) -> Mapping[str, Any]:
+    """The optimizer's configuration; a schedule of the user's own may have none to give."""
+    if rate_variable_of(optimizer) is None:
+        plain = {name: getattr(optimizer, name, None) for name in names if name != "learning_rate"}
+        known = {k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}
+        return {"learning_rate": _Name("schedule"), **known}
+    return optimizer.get_config()
 
 
 def _shown(value: Any) -> str:

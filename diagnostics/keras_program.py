@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from diagnostics.errors import InputError
 from diagnostics.keras_batches import unflatten_batch
 from diagnostics.keras_changes import (
     CLIP_PREDICTIONS,
@@ -40,6 +41,16 @@ _RETRACED = (
     "domain",
     "precision",
     "constant_rate",
+)
+
+
+# What a foreign program may raise where a change does not suit it.
+_CHANGE_DOES_NOT_FIT = (
+    AttributeError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    tf.errors.OpError,
 )
 
 
@@ -102,8 +113,16 @@ class KerasProgram:
         self._resume()
         self._warm_up(step)
         data = self._distributed(batch)
-        with self._settings():
-            shown = self._function(iter([data]))["guard"]
+        try:
+            with self._settings():
+                shown = self._function(iter([data]))["guard"]
+        except _CHANGE_DOES_NOT_FIT as error:
+            if self._change is None:
+                raise
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"the model does not run with {self._change.label}: {reason}"
+            ) from error
         return read_outcome(self._step, shown)
 
     def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:

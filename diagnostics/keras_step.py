@@ -30,6 +30,7 @@ from diagnostics.keras_update import (
     guarded_update,
     new_state_finite,
 )
+from diagnostics.keras_xla_sight import xla_new_state_finite, xla_sight
 from diagnostics.protocol import Check, State, StepOutcome
 
 INPUT, LABELS, SAMPLE_WEIGHTS = "input", "labels", "sample weights"
@@ -200,9 +201,13 @@ class _Trace:
             )
         else:
             exempt = gradients_exempt(optimizer)
-            gradients, weights, *norms = exact_sight(groups)
+            xla = self._step.model.jit_compile and not tf.executing_eagerly()
+            look, look_again = (
+                (xla_sight, xla_new_state_finite) if xla else (exact_sight, new_state_finite)
+            )
+            gradients, weights, *norms = look(groups)
             apply(grads, variables)
-            state = new_state_finite(groups, touched)
+            state = look_again(groups, touched)
             applied = tf.constant(True)
             update = Update(applied, tf.logical_or(gradients, exempt), weights, state, *norms)
         self._updates.append((groups, update))

@@ -191,14 +191,19 @@ def global_norm(norms: tf.Tensor) -> tf.Tensor:
 
 
 def new_state_finite(groups: Sequence[Group], touched: Sequence[Any]) -> tf.Tensor:
-    """bool [groups]: whether weights and slots are finite now.
+    """bool [groups]: whether weights and slots are finite now."""
+    return all_finite([[tf.identity(v) for v in g] for g in state_members(groups, touched)])
+
+
+def state_members(groups: Sequence[Group], touched: Sequence[Any]) -> list[list[Any]]:
+    """Weights and slots by group.
 
     What belongs to no layer (a loss scale) counts for the first group.
     """
     members = [[*group.weights, *group.slots] for group in groups]
     listed = {id(v) for group in members for v in group}
     members[0] += [v for v in touched if id(v) not in listed and v.dtype.is_floating]
-    return all_finite([[tf.identity(v) for v in group] for group in members])
+    return members
 
 
 def gradients_exempt(optimizer: Any) -> tf.Tensor:

@@ -1,0 +1,141 @@
+"""Ops kept inside their domain; the cheap sight under XLA; fixes of whole Keras runs."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_models import FEATURES, Fitted, L, compiled, data
+
+from diagnostics.keras_domains import _BY_NAME, _REPAIRS, kept_in_domain
+from diagnostics.keras_update import Group, exact_sight, new_state_finite
+from diagnostics.keras_xla_sight import xla_new_state_finite, xla_sight
+
+BEYOND = {
+    "Log": (lambda x: tf.math.log(x), -1.0),
+    "Log1p": (lambda x: tf.math.log1p(x), -2.0),
+    "Xlogy": (lambda x: tf.math.xlogy(tf.ones_like(x), x), -1.0),
+    "Sqrt": (lambda x: tf.sqrt(x), -1.0),
+    "Rsqrt": (lambda x: tf.math.rsqrt(x), 0.0),
+    "RealDiv": (lambda x: 1.0 / x, 0.0),
+    "Xdivy": (lambda x: tf.math.xdivy(tf.ones_like(x), x), 0.0),
+    "Reciprocal": (lambda x: tf.math.reciprocal(x), 0.0),
+    "Pow": (lambda x: tf.pow(x, 0.5), -1.0),
+    "Exp": (lambda x: tf.exp(x), 200.0),
+    "Expm1": (lambda x: tf.math.expm1(x), 200.0),
+    "Sinh": (lambda x: tf.sinh(x), -200.0),
+    "Cosh": (lambda x: tf.cosh(x), 200.0),
+    "Acos": (lambda x: tf.acos(x), 1.0),
+    "Asin": (lambda x: tf.asin(x), -1.5),
+    "Atanh": (lambda x: tf.atanh(x), 1.0),
+    "Acosh": (lambda x: tf.acosh(x), 0.5),
+}
+INSIDE = {"Acosh": 3.0}
+
+
+def value_and_gradient(op, at, value=None):
+    """The op and its gradient at a point, in a graph of their own."""
+
+    def both(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = op(x)
+        return y, tape.gradient(y, x)
+
+    optimizer = keras.optimizers.SGD()
+    function = tf.function(both)
+    if value is None:
+        return [float(t) for t in function(tf.constant(at))]
+    with kept_in_domain(value, [optimizer]):
+        return [float(t) for t in function(tf.constant(at))]
+
+
+def test_every_repair_is_tried_here():
+    assert set(BEYOND) == set(_REPAIRS) and set(_BY_NAME.values()) <= set(_REPAIRS)
+
+
+@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("every", [False, True])
+def test_an_op_beyond_its_domain_becomes_finite_and_inside_it_stays(name, every):
+    op, at = BEYOND[name]
+    assert not np.isfinite(value_and_gradient(op, at)).all()
+    value = "every" if every else name
+    assert np.isfinite(value_and_gradient(op, at, value)).all()
+    inside = INSIDE.get(name, 0.5)
+    assert value_and_gradient(op, inside, value) == value_and_gradient(op, inside)
+
+
+def test_the_optimizer_and_later_graphs_are_left_alone():
+    optimizer = keras.optimizers.Adam(0.1)
+    variable = keras.Variable(1.0)
+    optimizer.build([variable])
+    with kept_in_domain("Sqrt", [optimizer]):
+        tf.function(lambda: optimizer.apply([tf.constant(1e-4)], [variable]))()
+    # With the root of its second moment kept above 1e-7, it would hardly move.
+    assert 1.0 - float(variable.numpy()) > 0.05
+    assert np.isnan(value_and_gradient(tf.sqrt, -1.0)[0])
+
+
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf, 3e38, 1e25])
+def test_the_cheap_sight_sees_what_the_exact_one_sees(bad):
+    draw = np.random.default_rng(0)
+    gradient, bias = draw.normal(size=(3, 4, 5)).astype("f"), draw.normal(size=7).astype("f")
+    if bad is not None:
+        gradient[1, 2, 3] = bad
+    weights = [tf.Variable(gradient), tf.Variable(bias)]
+    tensors = [tf.constant(gradient), tf.constant(bias)]
+    other = Group("b", [tf.constant(bias)], [tf.Variable(bias)], [])
+    groups = [Group("a", tensors, weights, [tf.Variable(gradient)]), other]
+    for seen, exact in zip(xla_sight(groups), exact_sight(groups), strict=True):
+        if seen.dtype == tf.bool:
+            assert seen.numpy().tolist() == exact.numpy().tolist()
+        elif bad is None or abs(bad) < np.inf:
+            assert seen.numpy() == pytest.approx(exact.numpy(), rel=1e-5)
+    state = xla_new_state_finite(groups, []), new_state_finite(groups, [])
+    assert state[0].numpy().tolist() == state[1].numpy().tolist()
+
+
+class Ratio(L.Layer):
+    """Divides by the sum of its input, which may be 0."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return x / tf.reduce_sum(x, axis=-1, keepdims=True)
+
+
+def test_a_layer_that_divides_by_zero_is_mended_with_a_line_of_code(tmp_path):
+    x, y = data()
+    x[11] = 0.0
+    layers = [keras.Input((FEATURES,)), Ratio(name="ratio"), L.Dense(3, name="logits")]
+    fitted = Fitted(lambda: compiled(keras.Sequential(layers)), x, y, tmp_path / "run")
+    found = fitted.guard.diagnose(budget_seconds=8)
+    first = found.first_nonfinite
+    assert (found.step, first.stage, first.layer, first.examples) == (1, "forward", "ratio", (11,))
+    assert found.cause.kind == "architecture"
+    assert (
+        found.recommendation.verified and "test_keras_domains.py:" in found.recommendation.command
+    )
+    assert "tf.where(tf.abs(b)" in found.recommendation.command
+
+
+def test_labels_from_one_are_lowered(tmp_path):
+    x, y = data()
+    fitted = Fitted(lambda: compiled(keras.Sequential([L.Dense(3)])), x, y + 1, tmp_path / "run")
+    found = fitted.guard.diagnose(budget_seconds=8)
+    assert found.cause.kind == "labels"
+    assert found.recommendation.verified and "y = y - 1" in found.recommendation.command
+
+
+def test_a_schedule_that_divides_by_zero(tmp_path):
+    class Inverse(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1 / tf.cast(step, tf.float32)
+
+    def build() -> keras.Model:
+        return compiled(
+            keras.Sequential([L.Dense(3, name="out")]), optimizer=keras.optimizers.SGD(Inverse())
+        )
+
+    fitted = Fitted(build, *data(), tmp_path / "run")
+    found = fitted.guard.diagnose(budget_seconds=8)
+    assert found.first_nonfinite.stage == "update" and found.cause.kind == "learning_rate"
+    assert found.recommendation.verified
+    assert "SGD(learning_rate=0.01)" in found.recommendation.command
