@@ -187,7 +187,7 @@ def _diagnosis(run_dir: Path, budget: float) -> dict[str, Any]:
     try:
         found = diagnose(VggRun(run_dir), budget_seconds=budget)
     except NothingToDiagnose as error:
-        return {"cause": None, "said": error.message.partition("left no ")[2] or error.message}
+        return {"cause": None, "said": error.message.partition(" left ")[2]}
     place, onset = found.first_nonfinite, found.onset
     return {
         "verdict": found.verdict,

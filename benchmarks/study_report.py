@@ -17,7 +17,7 @@ METHODS = (
 _COLOURS = {"NaN": "#b3261e", "stalled": "#a36a00", "trains": "#1b6e3c"}
 _WIDTH, _HEIGHT = 168, 96  # of a panel, pixels
 _LEFT, _TOP = 150, 40
-_LOSS_RANGE = (0.1, 100.0)  # shown; beyond it the line is cut
+_LOSS_RANGE = (0.3, 10.0)  # shown; beyond it the line runs along the edge
 _GUESSING = math.log(10)
 
 Record = Mapping[str, Any]
@@ -77,7 +77,7 @@ def _outcome(record: Record | None) -> str:
 def _diagnosis(record: Record) -> str:
     said = record["diagnosis"]
     if said["cause"] is None:
-        return f"{record['outcome']}; {said['said']}"
+        return f"{record['outcome']}; healthy"
     text = f"{record['outcome']}; cause {said['cause']}, {100 * said['confidence']:.0f} % sure"
     if said["place"]:
         text += f"; first non-finite: {said['place']}"
@@ -85,7 +85,9 @@ def _diagnosis(record: Record) -> str:
         text += f"; onset: {said['onset']}"
     if said["evidence"]:
         text += f"; {said['evidence'][0]}"
-    return text + (f"; fix: `{said['recommendation']}`" if said["recommendation"] else "")
+    # Where the data lie, and what follows, is this machine's.
+    fix = (said["recommendation"] or "").partition(" --data ")[0]
+    return text + (f"; fix that was replayed: `{fix}`" if fix else "")
 
 
 def figure(records: Sequence[Record], archs: Sequence[str]) -> str:
@@ -120,6 +122,15 @@ def _panel(x: float, y: float, record: Record) -> list[str]:
         if math.isfinite(loss)
     )
     short = record["outcome"].replace("loss ", "")
+    cross = []
+    if record["kind"] == "NaN":
+        short += f", first loss {float(record['losses'][0][1]):.0e}"
+        middle, half = (x + _WIDTH / 2, y + _HEIGHT / 2), 14
+        cross = [
+            f'<line x1="{middle[0] - half}" y1="{middle[1] - side}" x2="{middle[0] + half}" '
+            f'y2="{middle[1] + side}" stroke="{colour}" stroke-width="3"/>'
+            for side in (half, -half)
+        ]
     return [
         f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" fill="#f7f7f7"/>',
         f'<line x1="{x}" x2="{x + _WIDTH}" y1="{guessing:.1f}" y2="{guessing:.1f}" '
@@ -127,6 +138,7 @@ def _panel(x: float, y: float, record: Record) -> list[str]:
         f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
         f'<text x="{x}" y="{y + _HEIGHT + 14}" fill="{colour}" font-size="11">'
         f"{html.escape(short)}</text>",
+        *cross,
     ]
 
 
