@@ -15,10 +15,9 @@ from diagnostics.durable_files import json_text
 from diagnostics.errors import InputError
 from diagnostics.report_words import number
 from vggrepro.commands.train import data_directory
-from vggrepro.config import ARCHITECTURES, PRECISIONS, TrainConfig, parse_init
-from vggrepro.config_options import given_values
+from vggrepro.config import TrainConfig, parse_init
 from vggrepro.init_notes import init_note
-from vggrepro.recipes import recipe
+from vggrepro.net_options import PAPER_CLASSES, add_net_options, net_config
 
 if TYPE_CHECKING:
     from diagnostics.forecast import Forecast
@@ -30,14 +29,7 @@ fine. Without --data from formulas alone, in no time, for photographs with the m
 subtracted; with --data also measured on the first training batch."""
 
 COMPARED = ("normal:0.1", "normal:0.01", "glorot-uniform", "he-normal")
-_PAPER_SCALE = {
-    "width": 1.0,
-    "image_size": 224,
-    "scale_min": 256,
-    "scale_max": 256,
-    "batch_size": 8,
-}
-_PAPER_CLASSES = 1000
+_BATCH = 8
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -54,16 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help="an initialiser; may be given several times. Default: " + ", ".join(COMPARED),
     )
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="the net and data of a recipe, instead of the paper's"
-    )
+    add_net_options(parser, _BATCH)
     for name, kind, what in (
-        ("--arch", str, "the net: " + ", ".join(ARCHITECTURES) + ". Default: A"),
-        ("--width", float, "multiplier of every layer's width. Default: 1"),
-        ("--image-size", int, "side of the input in pixels. Default: 224"),
-        ("--classes", int, "number of classes. Default: 1000, or those of --data"),
-        ("--batch-size", int, "examples of the batch. Default: 8"),
-        ("--precision", str, "compute type: " + ", ".join(PRECISIONS)),
         ("--seed", int, "of the weights and the batch that are measured"),
         ("--data", str, "measure on this data: a directory with train/ and val/, or 'synthetic'"),
     ):
@@ -83,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     inits = list(dict.fromkeys(options.inits or COMPARED))
     for init in inits:
         parse_init(init)
-    config = _config(options)
+    config = net_config(options, _BATCH)
     with contextlib.redirect_stdout(sys.stderr):  # making synthetic images is announced
         made = _forecasts(config, inits, measure="data" in options)
     if options.json:
@@ -93,11 +77,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config(options: argparse.Namespace) -> TrainConfig:
-    base = recipe(options.recipe).values if options.recipe else _PAPER_SCALE
-    return TrainConfig(**{**base, **given_values(options)})
-
-
 def _forecasts(config: TrainConfig, inits: Sequence[str], measure: bool) -> dict[str, Any]:
     """The JSON object; forward and gradient are the measured ones where there are any."""
     from diagnostics.forecast import PHOTOGRAPH_CORRELATION, PHOTOGRAPH_RMS
@@ -105,7 +84,7 @@ def _forecasts(config: TrainConfig, inits: Sequence[str], measure: bool) -> dict
     from vggrepro.model import build_network
 
     batch = _first_batch(config) if measure else None
-    classes = batch.classes if batch else (config.classes or _PAPER_CLASSES)
+    classes = batch.classes if batch else (config.classes or PAPER_CLASSES)
     network = build_network(
         config.arch, width=config.width, image_size=config.image_size, classes=classes
     )
