@@ -120,6 +120,17 @@ def extremes(tensor: tf.Tensor) -> tf.Tensor:
     return tf.cast(pair, tf.float32)
 
 
+def checked_extremes(tensor: tf.Tensor) -> tf.Tensor:
+    """`extremes` that also holds where a maximum drops NaN, as XLA's on the CPU does."""
+    return with_nan(extremes(tensor), tf.reduce_all(tf.math.is_finite(tensor)))
+
+
+def with_nan(pair: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+    """The pair, or NaN where it hides that something was not finite; infinities stay."""
+    honest = tf.logical_or(finite, tf.logical_not(tf.reduce_all(tf.math.is_finite(pair), axis=-1)))
+    return tf.where(honest[..., tf.newaxis], pair, np.nan)
+
+
 def squares(groups: Sequence[Sequence[tf.Tensor]]) -> tf.Tensor:
     """float32 [groups]: sum of squares over the tensors of each group."""
     sums = tf.stack([tf.nn.l2_loss(tensor) for group in groups for tensor in group])

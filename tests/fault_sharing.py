@@ -18,7 +18,8 @@ from diagnostics.protocol import Change
 from vggrepro import replay_adapter, train_step, trainer
 from vggrepro.config import TrainConfig
 from vggrepro.model import Network
-from vggrepro.train_step import State, TrainStep, compiled_part, initial_state
+from vggrepro.step_state import State, compiled_part, initial_state
+from vggrepro.train_step import TrainStep
 
 
 class StepPool:

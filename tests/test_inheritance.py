@@ -218,7 +218,7 @@ def test_a_bundle_of_an_inheriting_run_starts_from_the_same_state(data, parent, 
 
 
 def test_a_step_zero_without_its_inheritance_is_refused(data, parent):
-    from vggrepro.train_step import initial_state
+    from vggrepro.step_state import initial_state
 
     network = build_network("D", width=0.05, image_size=32, classes=3)
     with pytest.raises(ValueError, match="are needed"):

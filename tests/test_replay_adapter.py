@@ -30,7 +30,7 @@ from vggrepro.counterfactual_changes import (
 from vggrepro.replay_adapter import VggRun
 from vggrepro.run_directory import RunDirectory
 from vggrepro.run_facts import run_facts
-from vggrepro.train_step import initial_state
+from vggrepro.step_state import initial_state
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from diagnostics import trace
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.protocol import Batch, LayerFacts, RunFacts, State
 from vggrepro.replay_adapter import VggProgram
-from vggrepro.train_step import initial_state
+from vggrepro.step_state import initial_state
 
 CONFIG = tiny_config(init="he-normal")
 NETWORK = tiny_network(CONFIG)

@@ -17,7 +17,8 @@ from vggrepro import trainer
 from vggrepro.bit_comparison import number_difference, state_difference
 from vggrepro.cli import main
 from vggrepro.run_directory import RunDirectory
-from vggrepro.train_step import TrainStep, compiled_part
+from vggrepro.step_state import compiled_part
+from vggrepro.train_step import TrainStep
 from vggrepro.verification import verify
 
 COMPILED = {}

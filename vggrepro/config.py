@@ -19,7 +19,7 @@ ARCHITECTURES = ("A", "A-LRN", "B", "C", "D", "E")
 INITIALIZERS = ("glorot-uniform", "glorot-normal", "he-normal", "he-uniform")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHUFFLE_RUN = 64  # records read in one go; changing it changes every window order
-STRATEGIES = ("auto", "cpu", "mirrored", "multiworker", "tpu")
+STRATEGIES = ("auto", "cpu", "mirrored", "multiworker", "tpu", "pjrt")
 
 
 def _setting(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from vggrepro.model import Network, forward
@@ -16,6 +19,8 @@ class Evaluator:
     Args:
       parameters: '<layer>/kernel' and '<layer>/bias' to variables or tensors;
         read anew at every call.
+      sums: what another runtime takes instead: (images, labels, weights) -> the four
+        numbers of `batch_sums`.
     """
 
     def __init__(
@@ -23,11 +28,10 @@ class Evaluator:
         network: Network,
         parameters: Mapping[str, tf.Tensor],
         compute_dtype: tf.DType = tf.float32,
+        sums: Callable[..., Any] | None = None,
     ) -> None:
-        self._network = network
-        self._parameters = parameters
-        self._compute_dtype = compute_dtype
-        self._sums = tf.function(self._batch_sums, autograph=False)
+        here = functools.partial(batch_sums, network, parameters, compute_dtype)
+        self._sums = sums or tf.function(here, autograph=False)
 
     def evaluate(
         self,
@@ -39,12 +43,12 @@ class Evaluator:
         Returns:
           val_loss, val_top1_error, val_top5_error (percent), val_images.
         """
-        total = tf.zeros([4], tf.float64)
+        total = np.zeros(4)
         for batch in batches:
             if should_stop():
                 return None
-            total += self._sums(batch["images"], batch["labels"], batch["weights"])
-        images, loss, top1, top5 = total.numpy().tolist()
+            total += np.asarray(self._sums(batch["images"], batch["labels"], batch["weights"]))
+        images, loss, top1, top5 = total.tolist()
         return {
             "val_loss": loss / images,
             "val_top1_error": 100.0 * (images - top1) / images,
@@ -52,17 +56,25 @@ class Evaluator:
             "val_images": images,
         }
 
-    def _batch_sums(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-        """float64 [4]: examples, loss, right at 1, right at 5."""
-        logits = forward(self._network, self._parameters, tf.cast(images, self._compute_dtype))
-        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        rank = true_class_rank(logits, labels)
-        rows = [
-            tf.ones_like(weights),
-            loss,
-            tf.cast(rank < 1, tf.float32),
-            tf.cast(rank < 5, tf.float32),
-        ]
-        # A padded row counts nothing, whatever its loss.
-        counted = tf.where(weights > 0, tf.stack(rows), 0.0)
-        return tf.reduce_sum(tf.cast(counted, tf.float64), axis=1)
+
+def batch_sums(
+    network: Network,
+    parameters: Mapping[str, tf.Tensor],
+    compute_dtype: tf.DType,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+) -> tf.Tensor:
+    """float64 [4]: examples, loss, right at 1, right at 5; rows of weight 0 count nothing."""
+    logits = forward(network, parameters, tf.cast(images, compute_dtype))
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    rank = true_class_rank(logits, labels)
+    rows = [
+        tf.ones_like(weights),
+        loss,
+        tf.cast(rank < 1, tf.float32),
+        tf.cast(rank < 5, tf.float32),
+    ]
+    # A padded row counts nothing, whatever its loss.
+    counted = tf.where(weights > 0, tf.stack(rows), 0.0)
+    return tf.reduce_sum(tf.cast(counted, tf.float64), axis=1)

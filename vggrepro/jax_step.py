@@ -20,9 +20,11 @@ from jax.experimental import jax2tf
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diagnostics import guard
 from diagnostics.guard import Forward, GuardLayout
 from vggrepro.config import TrainConfig
 from vggrepro.dropout import Dropout
+from vggrepro.evaluation import batch_sums
 from vggrepro.model import Network
 from vggrepro.optimizer import MomentumSGD, RateSettings
 from vggrepro.step_core import loss_and_gradients
@@ -30,7 +32,8 @@ from vggrepro.step_update import gated_update
 
 AXIS = "replica"
 _REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
-_UPDATED = ("counters/step", "schedule/drops")  # what the update reads besides weights
+GROUPS = ("params", "momentum")
+DEVICE_COUNTERS = ("counters/step", "schedule/drops")  # of the state, what the update reads
 
 
 class ShardedStep:
@@ -59,12 +62,24 @@ class ShardedStep:
         )
         self.program: Callable[..., Any] = jax.jit(shards, donate_argnums=(0, 1))
 
+        self.evaluation: Callable[..., Any] = jax.jit(
+            _tensorflow(functools.partial(_evaluation, network, config.precision))
+        )
+
+    def replicated(self, value: np.ndarray) -> Any:
+        """An array on every device."""
+        return jax.device_put(value, NamedSharding(self.mesh, _REPLICATED))
+
+    def sharded(self, *batch: np.ndarray) -> list[Any]:
+        """Arrays by rows over the devices."""
+        return [jax.device_put(rows, NamedSharding(self.mesh, _SHARDED)) for rows in batch]
+
     def abstract_arguments(self) -> tuple[Any, ...]:
         """Shapes and shardings of the program's arguments, to compile it without data."""
         side = self.network.image_size
         shapes = self.network.parameter_shapes()
         state = {f"{group}/{n}": (s, np.float32) for group in GROUPS for n, s in shapes.items()}
-        state |= dict.fromkeys(_UPDATED, ((), np.int32))
+        state |= dict.fromkeys(DEVICE_COUNTERS, ((), np.int32))
 
         def spec(shape: tuple[int, ...], kind: Any, where: PartitionSpec) -> Any:
             return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(self.mesh, where))
@@ -88,10 +103,17 @@ class ShardedStep:
         extremes, valid, preactivations, sums, healthy, *gradients = core(
             parameters, images, labels, state["counters/step"], first_row
         )
-        sums, gradients = jax.lax.psum((sums, gradients), AXIS)
+        sums, gradients = self._all_reduce((sums, gradients))
         seen = jax.lax.all_gather((extremes, valid, preactivations, healthy), AXIS)
         update = _tensorflow(self._update)
         return (*update(state, refused, rate, *seen[:3], sums, gradients), seen[3])
+
+    def _all_reduce(self, values: Any) -> Any:
+        """The sum over the replicas, with the same bits every time."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return jax.lax.psum(values, AXIS)
+        # Virtual CPU devices add in the order in which they arrive.
+        return jax.tree.map(lambda value: jax.lax.all_gather(value, AXIS).sum(axis=0), values)
 
     def _core(
         self, parameters: Any, images: Any, labels: Any, step: Any, first_row: Any
@@ -106,6 +128,7 @@ class ShardedStep:
             dropout=Dropout.of_step(self.config.dropout, self.config.seed, step, first_row),
             compute_dtype=tf.as_dtype(self.config.precision),
             global_rows=batch,
+            extremes=guard.checked_extremes,
         )
         seen, gradients = core.forward, core.gradients
         finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in (*seen[:1], *seen[2:])]
@@ -151,13 +174,19 @@ class ShardedStep:
         )
 
 
-GROUPS = ("params", "momentum")
+def _evaluation(
+    network: Network, precision: str, parameters: Any, images: Any, labels: Any, weights: Any
+) -> tf.Tensor:
+    """TensorFlow: the four sums of a batch of validation images."""
+    sums = batch_sums(network, parameters, tf.as_dtype(precision), images, labels, weights)
+    return tf.cast(sums, tf.float32)
 
 
 def _over_replicas(extremes: Any) -> tf.Tensor:
     """[replicas, ..., 2] of (maximum, minimum) to [..., 2]; keeps NaN."""
-    pairs = (tf.reduce_max(extremes[..., 0], axis=0), tf.reduce_min(extremes[..., 1], axis=0))
-    return tf.stack(pairs, axis=-1)
+    pair = (tf.reduce_max(extremes[..., 0], axis=0), tf.reduce_min(extremes[..., 1], axis=0))
+    finite = tf.reduce_all(tf.math.is_finite(extremes), axis=[0, -1])
+    return guard.with_nan(tf.stack(pair, axis=-1), finite)
 
 
 def _tensorflow(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,8 @@ from vggrepro.environment import describe_environment, differences
 from vggrepro.model import Network, build_network
 from vggrepro.run_directory import RunDirectory
 from vggrepro.run_facts import run_facts
-from vggrepro.train_step import TrainStep, compiled_part, initial_state
+from vggrepro.step_state import compiled_part, initial_state
+from vggrepro.train_step import TrainStep
 
 if TYPE_CHECKING:
     from diagnostics.op_trace import OpTrace

@@ -41,6 +41,7 @@ def loss_and_gradients(
     compute_dtype: tf.DType = tf.float32,
     global_rows: int,
     phase: Callable[[str], None] = lambda name: None,
+    extremes: Callable[[tf.Tensor], tf.Tensor] = guard.extremes,
 ) -> CoreResult:
     """Loss, gradients and what the tripwire needs: a pure function of tensors.
 
@@ -52,9 +53,10 @@ def loss_and_gradients(
       global_rows: the loss is the sum over the rows divided by this, so that
         the sum over replicas is the mean over the global batch.
       phase: told 'forward', 'loss' and 'backward' as each begins.
+      extremes: what reads inputs and pre-activations; XLA needs `guard.checked_extremes`.
     """
     phase("forward")
-    pair = guard.extremes(images)
+    pair = extremes(images)
     seen: list[tf.Tensor] = []
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(list(parameters.values()))
@@ -63,7 +65,7 @@ def loss_and_gradients(
             parameters,
             tf.cast(images, compute_dtype),
             dropout=dropout,
-            observe=lambda layer, values: seen.append(guard.extremes(values)),
+            observe=lambda layer, values: seen.append(extremes(values)),
         )
         phase("loss")
         loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)

@@ -7,27 +7,22 @@ compiled function.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import tensorflow as tf
 
 from diagnostics import guard
-from diagnostics.errors import InputError
-from diagnostics.guard import Forward, GuardLayout, StepResult
+from diagnostics.guard import Forward, StepResult
 from vggrepro.config import TrainConfig
 from vggrepro.dropout import Dropout
-from vggrepro.initializers import initial_parameters
 from vggrepro.model import Network
-from vggrepro.optimizer import MomentumSGD, PlateauSchedule, RateSettings, learning_rate
+from vggrepro.optimizer import MomentumSGD, RateSettings, learning_rate
 from vggrepro.step_core import CoreResult, loss_and_gradients
+from vggrepro.step_state import State, StepState, initial_state, rate_settings
 from vggrepro.step_update import NOT_REFUSED, Norms, by_layer, judge, telemetry_row
 
-State = dict[str, np.ndarray]
 
-
-class TrainStep:
+class TrainStep(StepState):
     """The guarded step and the state it owns on the device.
 
     Calling it with a batch runs one step. If anything is not finite, nothing is
@@ -39,9 +34,7 @@ class TrainStep:
     """
 
     def __init__(self, config: TrainConfig, network: Network, state: State | None = None) -> None:
-        self.config = config
-        self.network = network
-        self.layout = GuardLayout(tuple(layer.name for layer in network.weight_layers))
+        super().__init__(config, network)
         self._optimizer = MomentumSGD.from_config(config)
         self._compute_dtype = tf.as_dtype(config.precision)
         start = initial_state(config, network) if state is None else state
@@ -52,7 +45,6 @@ class TrainStep:
         self._rate = tf.Variable([0.0, 0.0], trainable=False)
         self.reconfigure(config)
         self._refused = tf.Variable(NOT_REFUSED, dtype=tf.int64, trainable=False)
-        self._names = tuple(network.parameter_shapes())
         self._compiled = tf.function(self._step, jit_compile=False, autograph=False)
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
@@ -61,59 +53,10 @@ class TrainStep:
         return StepResult(bool(applied), passed.numpy(), telemetry.numpy())
 
     def reconfigure(self, config: TrainConfig) -> None:
-        """Takes another learning rate, warm-up, initialiser or schedule without a compilation.
-
-        Raises:
-          ValueError: something else differs, which is compiled into the step.
-        """
-        if compiled_part(config) != compiled_part(self.config):
-            raise ValueError("this configuration needs a step compiled anew")
-        self.config = config
-        self._rate.assign([config.lr, float(config.warmup_steps)])
-
-    def state(self) -> State:
-        """The state as named arrays: parameters, momentum, schedule, counters."""
-        return {name: np.array(variable.numpy()) for name, variable in self.variables.items()}
-
-    def parameters(self) -> State:
-        """The weights alone, as '<layer>/kernel' and '<layer>/bias'."""
-        return {name: self.variables[f"params/{name}"].numpy() for name in self._names}
-
-    def load(self, state: State) -> None:
-        """Replaces the state.
-
-        Raises:
-          InputError: names or shapes differ from this configuration's.
-        """
-        if state.keys() != self.variables.keys():
-            odd = sorted(state.keys() ^ self.variables.keys())
-            raise InputError(f"the state does not fit this configuration: {', '.join(odd[:3])}")
-        for name, variable in self.variables.items():
-            if state[name].shape != tuple(variable.shape):
-                raise InputError(
-                    f"the state's {name} has shape {state[name].shape}, "
-                    f"the configuration needs {tuple(variable.shape)}"
-                )
-            variable.assign(state[name])
-        self.rearm()
-
-    def record_validation(self, steps: int, error: float) -> None:
-        """Lets the plateau rule see a validation after `steps` steps, once.
-
-        Args:
-          error: validation top-1 error, percent.
-        """
-        counted = self.variables["counters/evaluated_at"]
-        if int(counted.numpy()) == steps:
-            return
-        schedule = PlateauSchedule(self.config.plateau_patience, self.config.lr_drops)
-        memory = {name: self.variables[name].numpy() for name in schedule.initial_state()}
-        for name, value in schedule.after_evaluation(memory, error).items():
-            self.variables[name].assign(value)
-        counted.assign(steps)
+        super().reconfigure(config)
+        self._rate.assign(rate_settings(config))
 
     def rearm(self) -> None:
-        """Lets steps run again after one was refused."""
         self._refused.assign(NOT_REFUSED)
 
     def _parameter_tensors(self) -> dict[str, tf.Tensor]:
@@ -239,37 +182,3 @@ class TrainStep:
 
         applied = tf.cond(tf.logical_and(armed, tf.reduce_all(judged.passed)), write, refuse)
         return applied, judged.passed, *judged.norms
-
-
-def compiled_part(config: TrainConfig) -> TrainConfig:
-    """The configuration with everything blanked that the compiled step does not hold."""
-    return dataclasses.replace(
-        config,
-        lr=1.0,
-        warmup_steps=0,
-        init="normal:1",
-        init_from="",
-        lr_drops=0,
-        plateau_patience=1,
-        data="",
-        steps=1,
-    )
-
-
-def initial_state(config: TrainConfig, network: Network, inherited: State | None = None) -> State:
-    """Step 0's state: drawn or inherited weights, zero momentum, a fresh schedule, step 0.
-
-    Args:
-      inherited: '<layer>/kernel' and '<layer>/bias' of the layers that are not drawn;
-        must be given where the configuration inherits (`vggrepro.inheritance`).
-    """
-    if config.init_from and inherited is None:
-        raise ValueError(f"the weights of {config.init_from} are needed")
-    parameters = {**initial_parameters(network, config.init, config.seed), **(inherited or {})}
-    return {
-        **{f"params/{name}": value for name, value in parameters.items()},
-        **{f"momentum/{name}": np.zeros_like(value) for name, value in parameters.items()},
-        **PlateauSchedule.initial_state(),
-        "counters/step": np.array(0, np.int64),
-        "counters/evaluated_at": np.array(0, np.int64),
-    }

@@ -24,7 +24,6 @@ from vggrepro import accelerator, inheritance
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment
-from vggrepro.evaluation import Evaluator
 from vggrepro.forecast_vgg import check_before_training, image_scales, measured_forecast
 from vggrepro.hooks import Announcer, Hook
 from vggrepro.incident_report import save_incident
@@ -35,8 +34,9 @@ from vggrepro.recipes import recipe_entries
 from vggrepro.run_directory import RunDirectory, check_free
 from vggrepro.run_facts import run_facts
 from vggrepro.step_metrics import StepMetrics
+from vggrepro.step_state import State, initial_state
 from vggrepro.stop_request import StopRequest
-from vggrepro.train_step import State, TrainStep, initial_state
+from vggrepro.training_step import evaluator, training_step
 
 WEIGHTS_FILE = "final.weights.h5"
 _MANIFEST_SCHEMA = 1
@@ -195,15 +195,12 @@ class _Session:
         else:
             inherited = inheritance.kept_parameters(run.path, config)
             state = initial_state(config, network, inherited)
-        self._step = TrainStep(config, network, state)
+        self._step = training_step(config, network, state)
         self._now = checkpoint[0] if checkpoint else 0
         self._metrics = StepMetrics(self._step.layout, config.batch_size)
         self._divergence = DivergenceWatch()
         self._stall = StallWatch(run_facts(config, network))
-        parameters = {
-            name: self._step.variables[f"params/{name}"] for name in network.parameter_shapes()
-        }
-        self._evaluator = Evaluator(network, parameters, tf.as_dtype(config.precision))
+        self._evaluator = evaluator(self._step)
         self._last_evaluation: dict[str, float] = {}
 
     def train(self) -> TrainResult:
@@ -317,7 +314,7 @@ class _Session:
         """Validates where the schedule or the end asks for it; False if told to stop."""
         config, now = self._config, self._now
         scheduled = now > 0 and config.eval_every > 0 and now % config.eval_every == 0
-        evaluated_at = int(self._step.variables["counters/evaluated_at"].numpy())
+        evaluated_at = self._step.evaluated_at()
         if scheduled and evaluated_at == now:
             self._last_evaluation = self._recorded_evaluation()
             return True

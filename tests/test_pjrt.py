@@ -1,0 +1,126 @@
+"""The step under JAX: the numbers of TensorFlow's engine, its guard, its resume, its incidents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_runs import (
+    random_batch,
+    replaced,
+    run_outcome,
+    tiny_config,
+    tiny_data,
+    tiny_network,
+)
+from tensorflow.python.framework import config as tensorflow_config
+
+from diagnostics.diagnose import diagnose
+from diagnostics.errors import InputError, StoppedByGuard
+from diagnostics.guard_self_test import self_test
+from diagnostics.snapshot import hash_arrays
+from vggrepro import trainer
+from vggrepro.replay_adapter import VggRun
+from vggrepro.step_state import initial_state
+from vggrepro.train_step import TrainStep
+
+CONFIG = tiny_config(strategy="pjrt", classes=3, batch_size=8)
+NETWORK = tiny_network(CONFIG)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def make():
+    """(config) -> PjrtStep, over 8 virtual devices.
+
+    Without op determinism, which other tests of this process may have turned on:
+    TensorFlow lowers nothing under it.
+    """
+    reason = "the extra pjrt is not installed (JAX needs Python 3.11)"
+    jax = pytest.importorskip("jax", reason=reason)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    assert jax.device_count() == 8
+    from vggrepro.pjrt_step import PjrtStep
+
+    tensorflow_config.disable_op_determinism()
+    yield lambda config: PjrtStep(config, NETWORK, initial_state(config, NETWORK))
+    tf.config.experimental.enable_op_determinism()
+
+
+@pytest.fixture(scope="module")
+def step(make):
+    return make(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return TrainStep(CONFIG, NETWORK)
+
+
+def fed(step, images, labels):
+    return step(tf.constant(images), tf.constant(labels))
+
+
+def test_eight_devices_give_the_losses_of_tensorflow_over_50_steps(step, plain):
+    slow = replaced(CONFIG, lr=1e-3)  # so that rounding is not amplified by the training itself
+    step.reconfigure(slow)
+    plain.reconfigure(slow)
+    start = initial_state(CONFIG, NETWORK)
+    step.load(start)
+    plain.load(start)
+    for number in range(50):
+        batch = random_batch(CONFIG, seed=number)
+        ours, theirs = fed(step, *batch), fed(plain, *batch)
+        assert ours.applied and theirs.applied
+        assert ours.telemetry[0] == pytest.approx(theirs.telemetry[0], rel=1e-3, abs=1e-4)
+    for name, array in plain.state().items():
+        np.testing.assert_allclose(step.state()[name], array, rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+def test_the_self_test_sees_every_check_fire(step, plain):
+    batch = [tf.constant(array) for array in random_batch(CONFIG)]
+    before = hash_arrays(step.state())
+    assert self_test(step, *batch) == self_test(plain, *batch)
+    assert hash_arrays(step.state()) == before
+
+
+@pytest.mark.parametrize("row", [0, 5])
+def test_a_bad_row_stops_all_replicas_and_names_its_own(step, row):
+    step.load(initial_state(CONFIG, NETWORK))
+    images, labels = random_batch(CONFIG)
+    images[row, 3, 3, 1] = np.nan
+    before = hash_arrays(step.state())
+    result = fed(step, images, labels)
+    assert not result.applied
+    assert step.healthy.tolist() == [index != row for index in range(8)]
+    assert hash_arrays(step.state()) == before
+    assert not fed(step, *random_batch(CONFIG)).applied  # refused until rearmed
+    step.rearm()
+    assert fed(step, *random_batch(CONFIG)).applied
+
+
+def test_a_batch_must_divide_over_the_devices(make):
+    with pytest.raises(InputError, match="batch size 6 does not divide over 8 devices"):
+        make(replaced(CONFIG, batch_size=6))
+
+
+def test_resume_is_exact(tmp_path):
+    data = tiny_data(tmp_path)
+    config = tiny_config(data, strategy="pjrt", classes=0)
+    trainer.train(config, tmp_path / "whole")
+    trainer.train(replaced(config, steps=4), tmp_path / "parts")
+    trainer.train(config, tmp_path / "parts", resume=True)
+    whole, parts = run_outcome(tmp_path / "whole"), run_outcome(tmp_path / "parts")
+    assert whole["weights"] == parts["weights"] and whole["state"] == parts["state"]
+
+
+def test_an_incident_is_diagnosed_on_the_cpu_by_tensorflow(tmp_path):
+    config = tiny_config(
+        tiny_data(tmp_path), strategy="pjrt", classes=0, init="normal:1", eval_every=0
+    )
+    with pytest.raises(StoppedByGuard):
+        trainer.train(config, tmp_path / "run")
+    found = diagnose(VggRun(tmp_path / "run"), budget_seconds=0)
+    assert found.verdict in ("reproduced", "replay_differs")
+    assert found.first_nonfinite.stage == "forward"
+    assert found.cause.kind == "init"
