@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -19,7 +19,7 @@ class GuardedStep(Protocol):
     @property
     def layout(self) -> GuardLayout: ...
     @property
-    def variables(self) -> Mapping[str, tf.Variable]: ...
+    def variables(self) -> Mapping[str, Any]: ...  # values like tf.Variable
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult: ...
     def rearm(self) -> None: ...
 

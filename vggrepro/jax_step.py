@@ -60,9 +60,9 @@ class ShardedStep:
             out_specs=_REPLICATED,
             check_vma=False,
         )
-        self.program: Callable[..., Any] = jax.jit(shards, donate_argnums=(0, 1))
+        self.program: Any = jax.jit(shards, donate_argnums=(0, 1))
 
-        self.evaluation: Callable[..., Any] = jax.jit(
+        self.evaluation: Any = jax.jit(
             _tensorflow(functools.partial(_evaluation, network, config.precision))
         )
 
@@ -78,7 +78,9 @@ class ShardedStep:
         """Shapes and shardings of the program's arguments, to compile it without data."""
         side = self.network.image_size
         shapes = self.network.parameter_shapes()
-        state = {f"{group}/{n}": (s, np.float32) for group in GROUPS for n, s in shapes.items()}
+        state: dict[str, tuple[tuple[int, ...], Any]] = {
+            f"{group}/{n}": (s, np.float32) for group in GROUPS for n, s in shapes.items()
+        }
         state |= dict.fromkeys(DEVICE_COUNTERS, ((), np.int32))
 
         def spec(shape: tuple[int, ...], kind: Any, where: PartitionSpec) -> Any:

@@ -7,7 +7,6 @@ that trainer, checkpoints, self-test and incidents are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,7 +40,8 @@ class PjrtStep(StepState):
             )
         self._sharded = ShardedStep(config, network, devices)
         self._on_device: dict[str, Any] = {}
-        self.variables: Mapping[str, Any] = {name: Slot(self, name, a) for name, a in state.items()}
+        self._refused: Any = None
+        self.variables = {name: Slot(self, name, a) for name, a in state.items()}
         self._rate = self._sharded.replicated(np.array(rate_settings(config), np.float32))
         self.healthy = np.ones(devices.size, bool)
         self.rearm()

@@ -41,7 +41,7 @@ def loss_and_gradients(
     compute_dtype: tf.DType = tf.float32,
     global_rows: int,
     phase: Callable[[str], None] = lambda name: None,
-    extremes: Callable[[tf.Tensor], tf.Tensor] = guard.extremes,
+    extremes: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> CoreResult:
     """Loss, gradients and what the tripwire needs: a pure function of tensors.
 
@@ -53,8 +53,10 @@ def loss_and_gradients(
       global_rows: the loss is the sum over the rows divided by this, so that
         the sum over replicas is the mean over the global batch.
       phase: told 'forward', 'loss' and 'backward' as each begins.
-      extremes: what reads inputs and pre-activations; XLA needs `guard.checked_extremes`.
+      extremes: what reads inputs and pre-activations, `guard.extremes` if None; XLA needs
+        `guard.checked_extremes`.
     """
+    extremes = extremes or guard.extremes
     phase("forward")
     pair = extremes(images)
     seen: list[tf.Tensor] = []

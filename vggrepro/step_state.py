@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from diagnostics.errors import InputError
-from diagnostics.guard import GuardLayout
+from diagnostics.guard import GuardLayout, StepResult
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import Network
@@ -18,25 +18,16 @@ from vggrepro.optimizer import PlateauSchedule
 State = dict[str, np.ndarray]
 
 
-class Held(Protocol):
-    """One named array on a device; a tf.Variable is one."""
-
-    @property
-    def shape(self) -> Any: ...
-    def numpy(self) -> np.ndarray: ...
-    def assign(self, value: Any) -> Any: ...
-
-
 class StepState:
     """Names, layout and state that every kind of step has.
 
     Attributes:
       config: `classes` is set.
       layout: of checks and telemetry.
-      variables: the state by name.
+      variables: the state by name; each has `numpy()` and `assign(value)`.
     """
 
-    variables: Mapping[str, Held]
+    variables: Mapping[str, Any]
 
     def __init__(self, config: TrainConfig, network: Network) -> None:
         self.config = config
@@ -94,6 +85,10 @@ class StepState:
         for name, value in schedule.after_evaluation(memory, error).items():
             self.variables[name].assign(value)
         counted.assign(steps)
+
+    def __call__(self, images: Any, labels: Any) -> StepResult:
+        """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
+        raise NotImplementedError
 
     def evaluated_at(self) -> int:
         """After how many steps the last recorded validation took place."""

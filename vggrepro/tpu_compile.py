@@ -37,7 +37,7 @@ class Chip(NamedTuple):
     accelerator: str
     cores: int
     devices: int
-    hbm: float
+    hbm: int
     flops: float
     bandwidth: float
 
