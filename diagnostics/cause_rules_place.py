@@ -113,16 +113,15 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
 
 def _unbounded_output(evidence: Evidence, kind: str) -> Iterator[Finding]:
     """Which layer feeds the loss, where nothing keeps its output between 0 and 1."""
-    layers = [e for e in evidence.facts.layers if e.weight is not None or e.activation]
-    if kind != "loss_formula" or not layers:
+    name = evidence.facts.extra.get("output layer")
+    last = next((layer for layer in evidence.facts.layers if layer.name == name), None)
+    if kind != "loss_formula" or last is None or last.activation in ("sigmoid", "softmax"):
         return
-    last = layers[-1]
-    if last.activation not in ("sigmoid", "softmax"):
-        plain = last.activation in (None, "linear")
-        ends = "has no activation" if plain else f"ends in {last.activation}"
-        range_ = "0" if last.activation == "relu" else "any number"
-        sentence = f"The loss is fed by {last.name}, which {ends}: its output may be {range_}"
-        yield Finding(kind, 0.1, sentence)
+    plain = last.activation in (None, "linear")
+    ends = "has no activation" if plain else f"ends in {last.activation}"
+    value = "0" if last.activation == "relu" else "any number"
+    sentence = f"The loss is fed by {last.name}, which {ends}: its output may be {value}"
+    yield Finding(kind, 0.1, sentence)
 
 
 def _out_of_nowhere(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ def facts_of(model: Any, layer_order: list[str], batch_size: int | None) -> RunF
         classes=classes,
         chance_loss=math.log(classes) if classes else None,
         batch_size=batch_size,
-        extra={"net": f"{type(model).__name__} '{model.name}'"},
+        extra={"net": f"{type(model).__name__} '{model.name}'", **_output(model)},
     )
 
 
@@ -52,6 +52,15 @@ def _layers(model: Any, order: list[str]) -> tuple[LayerFacts, ...]:
     # A plain container computes nothing by itself.
     plain = (keras.Sequential, keras.src.models.functional.Functional)
     return tuple(_layer(n, known[n]) for n in labels if type(known[n]) not in plain)
+
+
+def _output(model: Any) -> dict[str, str]:
+    """Which layer makes the output, where a functional model has one output."""
+    outputs = getattr(model, "outputs", None) or []
+    made_by = [getattr(one, "_keras_history", None) for one in outputs]
+    if len(made_by) != 1 or made_by[0] is None:
+        return {}
+    return {"output layer": LayerNames(model).label(made_by[0].operation)}
 
 
 def _own_weights(layer: Any) -> list[Any]:

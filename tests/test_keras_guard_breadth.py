@@ -218,6 +218,54 @@ def test_same_bits_with_and_without(tmp_path, request, build, fed):
     assert guarded.history.history == plain.history.history
 
 
+def rows(feed: str, stop: int, bad: bool) -> dict[str, Any]:
+    """Arguments of `fit` for rows up to `stop`; with `bad`, step 3 holds one NaN."""
+    x, y = poisoned(3) if bad else data()
+    weights = np.ones(len(x), "float32")
+    if feed == "sample_weight":
+        x = data()[0]
+        weights[3 * BATCH + 2] = np.nan if bad else 1.0
+    x, y, weights = x[:stop], y[:stop], weights[:stop]
+    if feed == "functional":
+        inputs = {"left": data()[0][:stop], "right": x}
+        return {"x": inputs, "y": {"classes": y, "value": x[:, :1] * 0}, "batch_size": BATCH}
+    if feed == "dataset":
+        return {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)}
+    if feed == "generator":
+        batches = ((x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, stop, BATCH))
+        return {"x": batches, "steps_per_epoch": stop // BATCH}
+    return {"x": x, "y": y, "sample_weight": weights}
+
+
+@pytest.mark.parametrize(
+    "feed", ["functional", "dataset", "generator", "sample_weight", "bfloat16"]
+)
+def test_a_bad_number_stops_every_way_of_feeding(tmp_path, feed):
+    def build() -> keras.Model:
+        if feed == "functional":
+            return functional()
+        return mixed("mixed_bfloat16") if feed == "bfloat16" else compiled(mlp())
+
+    reference = Fitted(build, **rows(feed, 3 * BATCH, bad=False))
+    stopped = Fitted(build, run_dir=tmp_path / "run", **rows(feed, 6 * BATCH, bad=True))
+    assert stopped.guard.step == 3
+    assert stopped.bits() == reference.bits()
+
+
+def test_a_run_that_cannot_learn_is_told_at_the_end(tmp_path):
+    layers = [
+        keras.Input((FEATURES,)),
+        L.Dense(8, activation="relu", kernel_initializer="zeros", name="dead"),
+        L.Dense(3, kernel_initializer="zeros", name="logits"),
+    ]
+    model = compiled(keras.Sequential(layers), optimizer=keras.optimizers.SGD(0.01))
+    guard = NumericGuard(tmp_path / "run", stop_on_divergence=True)
+    model.fit(*data(), batch_size=BATCH, epochs=10, callbacks=[guard], verbose=0)
+    assert guard.incident is None and "never fell" in guard.message and "dead" in guard.message
+    found = guard.diagnose(budget_seconds=8)
+    assert found.verdict == "stalled" and found.cause.kind == "init"
+
+
 def stopped_bits(build: Callable[[], keras.Model], good: Any, bad: Any, place: Any) -> Fitted:
     """A fit stopped at step 3; its state is that of a fit over the first three batches."""
     reference = Fitted(build, *(part[: 3 * BATCH] for part in good))
