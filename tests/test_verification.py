@@ -121,7 +121,7 @@ def test_one_bit_of_one_stored_array_is_found(copy):
     name = "params/block3_conv1/kernel"
     state[name] = other_bits(state[name], (1, 2, 3, 4))
     write_snapshot(place, state, manifest)
-    found = verify(copy).first_difference
+    found = verify(copy, 5).first_difference
     assert (found.step, found.kind, found.name) == (8, "state", name)
     assert (found.differing, found.size) == (1, state[name].size)
     assert 0 < found.largest_relative < 2e-7
@@ -140,7 +140,7 @@ def test_one_bit_of_one_recorded_number_is_found(copy):
         run.telemetry.start(columns, 0)
         for step, row in zip(steps, rows, strict=True):
             run.telemetry.append(int(step), row)
-    found = verify(copy)
+    found = verify(copy, 5)
     assert (found.first_difference.step, found.first_difference.kind) == (6, "telemetry")
     assert found.first_difference.name == "fc2/gradient_norm"
     # The states behind it are as recorded.
@@ -156,7 +156,7 @@ def test_a_number_changed_in_the_metrics_is_found(copy, key, step, kind):
     record = next(one for one in lines if one["step"] == 7 and key in one)
     record[key] = 0.25
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = verify(copy).first_difference
+    found = verify(copy, 5).first_difference
     assert (found.step, found.kind, found.name, found.recorded) == (step, kind, key, 0.25)
 
 
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_on_the_way_is_a_difference(copy):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    found = verify(copy).first_difference
+    found = verify(copy, 5).first_difference
     assert (found.step, found.kind, found.recorded) == (8, "state", "damaged")
 
 
