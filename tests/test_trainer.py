@@ -262,3 +262,27 @@ def test_the_step_that_trains_is_the_step_that_is_replayed(data, whole):
     for k in range(3):
         batch = source.training.batch(k)
         assert step(batch["images"], batch["labels"]).telemetry.tobytes() == recorded[k].tobytes()
+
+
+@pytest.mark.parametrize("steps_per_loop", [2, 4])
+def test_steps_in_one_call_have_the_bits_of_single_ones(tmp_path, steps_per_loop):
+    data = tiny_data(tmp_path)
+    config = tiny_config(data, classes=0, steps=7, eval_every=5, checkpoint_every=4)
+    trainer.train(config, tmp_path / "single")
+    trainer.train(replaced(config, steps_per_loop=steps_per_loop), tmp_path / "loops")
+    assert run_outcome(tmp_path / "single") == run_outcome(tmp_path / "loops")
+
+
+def test_the_guard_stops_inside_a_loop_at_the_first_bad_step(tmp_path):
+    data = tiny_data(tmp_path)
+    config = tiny_config(data, classes=0, init="normal:1", eval_every=0, checkpoint_every=50)
+    incidents = []
+    for steps_per_loop, name in ((1, "single"), (6, "loops")):
+        with pytest.raises(StoppedByGuard):
+            trainer.train(replaced(config, steps_per_loop=steps_per_loop), tmp_path / name)
+        (place,) = (tmp_path / name / "incidents").iterdir()
+        incidents.append(read_incident(place))
+    single, loops = incidents
+    assert 0 < single.step < 5 and loops.step == single.step
+    assert hash_arrays(single.state) == hash_arrays(loops.state)
+    assert hash_arrays(single.batch) == hash_arrays(loops.batch)

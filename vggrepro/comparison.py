@@ -18,7 +18,7 @@ from vggrepro.interval import wilson
 # Fields that say where and how a run was kept, not what was trained.
 _BOOKKEEPING = {
     *("data", "init_from", "seed", "strategy", "eval_every", "checkpoint_every"),
-    *("keep_checkpoints", "steps", "classes", "decode", "order"),
+    *("keep_checkpoints", "steps", "steps_per_loop", "classes", "decode", "order"),
 }
 SCHEDULE_NOTE = (
     "the validation images also steered the learning-rate schedule, here as in the paper"

@@ -113,6 +113,9 @@ class TrainConfig:
         200, "steps between validations; 0: only at the end", silent="the paper does not say"
     )
     checkpoint_every: int = _setting(200, "steps between checkpoints", silent="bookkeeping")
+    steps_per_loop: int = _setting(
+        1, "steps that one call runs on the device before the host looks", silent="bookkeeping"
+    )
     keep_checkpoints: int = _setting(3, "how many checkpoints are kept", silent="bookkeeping")
     seed: int = _setting(0, "the run's seed", silent="the paper states none")
     precision: str = _setting("float32", "compute type of activations", paper=("float32",))
@@ -127,7 +130,14 @@ class TrainConfig:
         _check_choice("momentum_form", self.momentum_form, ("caffe", "pytorch"))
         parse_init(self.init)
         window_of(self.order)
-        for name in ("image_size", "batch_size", "steps", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "image_size",
+            "batch_size",
+            "steps",
+            "steps_per_loop",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             _check(name, getattr(self, name) >= 1, getattr(self, name), "must be at least 1")
         for name in (
             "classes",

@@ -33,12 +33,21 @@ class StepMetrics:
         """The first step begins now."""
         self._times.append(time.perf_counter())
 
-    def after_step(self, telemetry: np.ndarray, waited: float) -> dict[str, Any]:
-        """All numbers of one step.
+    def after_loop(self, steps: int, waited: float) -> None:
+        """Some steps have just come back from the device together.
+
+        Args:
+          waited: seconds spent waiting for their batches.
+        """
+        begun, now = self._times[-1], time.perf_counter()
+        self._times.extend(np.linspace(begun, now, steps + 1)[1:].tolist())
+        self._waits.extend([waited / steps] * steps)
+
+    def of_step(self, telemetry: np.ndarray) -> dict[str, Any]:
+        """All numbers of one step of the last loop.
 
         Args:
           telemetry: float32 [columns].
-          waited: seconds spent waiting for the batch.
 
         Returns:
           The telemetry by column name, plus per layer `preactivation_absmax`;
@@ -55,8 +64,6 @@ class StepMetrics:
         named["headroom"], named["headroom_layer"] = min(
             (headroom(named[f"{layer}/preactivation_absmax"]), layer) for layer in self._layers
         )
-        self._times.append(time.perf_counter())
-        self._waits.append(waited)
         elapsed = max(self._times[-1] - self._times[0], 1e-9)
         steps = len(self._times) - 1
         named["images_per_second"] = self._batch_size * steps / elapsed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,10 @@ class StepState:
         """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
         raise NotImplementedError
 
+    def loop(self, batches: Sequence[tuple[Any, Any]]) -> list[StepResult]:
+        """Runs a step on each (images, labels); after a refused one, every later is refused."""
+        return [self(images, labels) for images, labels in batches]
+
     def evaluated_at(self) -> int:
         """After how many steps the last recorded validation took place."""
         return int(self.variables["counters/evaluated_at"].numpy())
@@ -116,6 +120,7 @@ def compiled_part(config: TrainConfig) -> TrainConfig:
         plateau_patience=1,
         data="",
         steps=1,
+        steps_per_loop=1,
     )
 
 

@@ -7,7 +7,8 @@ compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -46,11 +47,36 @@ class TrainStep(StepState):
         self.reconfigure(config)
         self._refused = tf.Variable(NOT_REFUSED, dtype=tf.int64, trainable=False)
         self._compiled = tf.function(self._step, jit_compile=False, autograph=False)
+        self._compiled_loop = tf.function(self._loop, jit_compile=False, autograph=False)
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
         """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
         applied, passed, telemetry = self._compiled(images, labels)
         return StepResult(bool(applied), passed.numpy(), telemetry.numpy())
+
+    def loop(self, batches: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> list[StepResult]:
+        if len(batches) == 1:
+            return super().loop(batches)
+        images, labels = (tf.stack(parts) for parts in zip(*batches, strict=True))
+        results = (tensor.numpy() for tensor in self._compiled_loop(images, labels))
+        return [StepResult(bool(applied), *rest) for applied, *rest in zip(*results, strict=True)]
+
+    def _loop(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """`_step` on images [N, B, ...] and labels [N, B], one after the other."""
+        kinds = (tf.bool, tf.bool, tf.float32)
+        kept = tuple(tf.TensorArray(kind, size=images.shape[0]) for kind in kinds)
+
+        def body(row: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
+            results = self._step(images[row], labels[row])
+            return row + 1, *(a.write(row, r) for a, r in zip(kept, results, strict=True))
+
+        _, *kept = tf.while_loop(
+            lambda row, *rest: row < images.shape[0],
+            body,
+            (tf.constant(0), *kept),
+            parallel_iterations=1,
+        )
+        return tuple(array.stack() for array in kept)
 
     def reconfigure(self, config: TrainConfig) -> None:
         super().reconfigure(config)

@@ -261,15 +261,28 @@ class _Session:
                 return True
             if stop.raised:
                 return False
-            self._one_step(batches)
+            self._host_loop(batches)
 
-    def _one_step(self, batches: Iterator[Mapping[str, tf.Tensor]]) -> None:
+    def _host_loop(self, batches: Iterator[Mapping[str, tf.Tensor]]) -> None:
+        """As many steps as one call takes, and what the host does after each."""
         started = time.perf_counter()
-        batch = self._next(batches)
+        chunk = [self._next(batches) for _ in range(self._steps_of_loop())]
         waited = time.perf_counter() - started
-        result = self._step(batch["images"], batch["labels"])
+        results = self._step.loop([(batch["images"], batch["labels"]) for batch in chunk])
+        self._metrics.after_loop(len(chunk), waited)
+        for batch, result in zip(chunk, results, strict=True):
+            self._after_step(batch, result)
+
+    def _steps_of_loop(self) -> int:
+        """Up to the next validation, checkpoint or end, where the host needs the state."""
+        config = self._config
+        periods = [period for period in (config.eval_every, config.checkpoint_every) if period]
+        due = [period - self._now % period for period in periods]
+        return min(config.steps_per_loop, config.steps - self._now, *due)
+
+    def _after_step(self, batch: Mapping[str, tf.Tensor], result: StepResult) -> None:
         self._run.telemetry.append(self._now, result.telemetry)
-        metrics = self._metrics.after_step(result.telemetry, waited)
+        metrics = self._metrics.of_step(result.telemetry)
         if not result.applied:
             self._stop_at(result, batch, metrics)
         self._run.append_metrics({"step": self._now, **self._metrics.brief(metrics)})

@@ -167,7 +167,7 @@ class _Replay:
         applied = number_difference(now, "guard", "applied", not refused, result.applied)
         self._found(applied)
         if now in self._training:
-            told = metrics.brief(metrics.after_step(result.telemetry, 0.0))
+            told = metrics.brief(metrics.of_step(result.telemetry))
             self._check_metrics(now, "metrics", self._training[now], told)
 
     def _evaluator(self, step: TrainStep) -> Evaluator:
