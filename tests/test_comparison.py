@@ -156,6 +156,11 @@ def test_what_differs_from_the_paper_is_told():
     assert len(as_paper) == 1 and as_paper[0].startswith("where the paper is silent")
 
 
+def test_pools_that_round_up_are_named():
+    found = compare(record(pool_rounding="up"))
+    assert found.cells and found.title.endswith("Q=256,384,512, pools rounding up")
+
+
 def test_equal_differences_are_told_once():
     shown = "\n".join(terminal_lines([compare(record()), compare(record(protocol="both"))]))
     assert shown.count("where the paper is silent") == 1

@@ -152,6 +152,13 @@ def test_a_source_that_is_none_is_told(tmp_path, place):
         inheritance.read_source(str(tmp_path / place), pytest.fail)
 
 
+def test_another_program_s_run_is_no_source(tmp_path):
+    with RunDirectory.create(tmp_path / "keras", {"kind": "keras"}, {"status": "finished"}) as run:
+        run.save_checkpoint(1, {"params/x": np.zeros(1)}, 1)
+    with pytest.raises(InputError, match="not a run of `vggrepro train`"):
+        inheritance.read_source(str(tmp_path / "keras"), pytest.fail)
+
+
 def test_an_unfinished_source_is_told(data, parent, tmp_path):
     shutil.copytree(parent, tmp_path / "A")
     file = tmp_path / "A" / "manifest.json"

@@ -97,7 +97,8 @@ def title(record: Mapping[str, Any]) -> str:
     nets = " + ".join(f"{net['arch']}, {_scale_text(net)}" for net in record["nets"])
     sides = record["scales"] or "each net's own three"
     scales = ",".join(map(str, sides)) if isinstance(sides, list) else sides
-    return f"{nets}, {record['protocol']}, Q={scales}"
+    rounding = ", pools rounding up" if record["pool_rounding"] == "up" else ""
+    return f"{nets}, {record['protocol']}, Q={scales}{rounding}"
 
 
 def _scale_text(net: Mapping[str, Any]) -> str:

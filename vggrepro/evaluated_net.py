@@ -17,7 +17,7 @@ from vggrepro.model import Network, network_of
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.run_directory import RunDirectory
 
-_RELEASED_SCALE = 256  # Q of weights whose training scale is not known
+_RELEASED_SCALE = 256  # Q, for a crop of 224, of weights whose training scale is not known
 _PAPER_CROP = 224
 _SCALE_STEP = 32  # between the paper's three test scales, for a crop of 224
 
@@ -114,8 +114,7 @@ def net_of_file(file: Path, arch: str | None, preprocess: str | None) -> Evaluat
     form = PREPROCESS[preprocess or "torch"]
     parameters = stored.for_input(form)
     network = network_of(found, parameters)
-    scale = max(_RELEASED_SCALE, network.image_size) if network.image_size >= 224 else None
-    side = scale or round(network.image_size * _RELEASED_SCALE / _PAPER_CROP)
+    side = round(network.image_size * _RELEASED_SCALE / _PAPER_CROP)
     description = {
         "run_dir": None,
         "weights_file": str(file),

@@ -80,7 +80,9 @@ def read_source(place: str, warn: Callable[[str], None]) -> Source:
         return Source(place, stored.arch, parameters)
     with RunDirectory.open(path, on_warning=warn) as run:
         checkpoint = run.latest_checkpoint()
-        arch, status = run.config().get("arch", ""), run.manifest().get("status")
+        arch, status = run.config().get("arch"), run.manifest().get("status")
+    if arch is None:
+        raise InputError(f"--init-from {place}: not a run of `vggrepro train`")
     if checkpoint is None:
         raise InputError(f"--init-from {place}: the run has no checkpoint", "Train it first")
     step, state = checkpoint
