@@ -154,7 +154,13 @@ def run_cell(cell: Cell, data: Path, out: Path, precision: str, budget: float) -
     trained = time.perf_counter() - started
     with mock.patch("vggrepro.replay_adapter.open_data", opened):
         record = _record(cell, run_dir, stopped is not None, budget)
-    return {**record, "training_seconds": trained, "precision": precision, "stopped": stopped}
+    return {
+        **record,
+        "training_seconds": trained,
+        "precision": precision,
+        "stopped": stopped,
+        "commit": describe_environment()["code"]["commit"],
+    }
 
 
 def _record(cell: Cell, run_dir: Path, stopped: bool, budget: float) -> dict[str, Any]:

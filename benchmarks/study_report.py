@@ -57,11 +57,13 @@ def table(
         f"{n} {v}" for n, v in packages.items() if "tensorflow" in n or n == "keras"
     )
     precisions = sorted({one["precision"] for one in records})
+    commits = sorted({str(one.get("commit"))[:12] for one in records if one.get("commit")})
     seconds = sum(one["training_seconds"] for one in records)
     lines += [
         "",
         f"{hardware['cpu']}, {hardware['cores']} cores; {versions}; {', '.join(precisions)}. "
-        f"{len(records)} runs, {seconds / 60:.0f} minutes of training.",
+        f"{len(records)} runs, {seconds / 60:.0f} minutes of training on a machine with other "
+        f"work; code {', '.join(commits) or 'not recorded'}.",
     ]
     return "\n".join(lines) + "\n"
 
