@@ -92,7 +92,7 @@ def test_a_bad_row_stops_all_replicas_and_names_its_own(step, row):
     before = hash_arrays(step.state())
     result = fed(step, images, labels)
     assert not result.applied
-    assert step.healthy.tolist() == [index != row for index in range(8)]
+    assert step.healthy == [index != row for index in range(8)]
     assert hash_arrays(step.state()) == before
     assert not fed(step, *random_batch(CONFIG)).applied  # refused until rearmed
     step.rearm()
@@ -118,7 +118,7 @@ def test_an_incident_is_diagnosed_on_the_cpu_by_tensorflow(tmp_path):
     config = tiny_config(
         tiny_data(tmp_path), strategy="pjrt", classes=0, init="normal:1", eval_every=0
     )
-    with pytest.raises(StoppedByGuard):
+    with pytest.raises(StoppedByGuard, match="on all of 8 replicas"):
         trainer.train(config, tmp_path / "run")
     found = diagnose(VggRun(tmp_path / "run"), budget_seconds=0)
     assert found.verdict in ("reproduced", "replay_differs")

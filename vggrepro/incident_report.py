@@ -25,6 +25,7 @@ def save_incident(
     name_of: Callable[[int], str],
     metrics: Mapping[str, Any],
     config: TrainConfig,
+    replicas: Sequence[bool] = (),
 ) -> StoppedByGuard:
     """Writes incidents/step-… and returns the error to raise.
 
@@ -32,6 +33,7 @@ def save_incident(
       failed: the checks that tripped, in order of execution; not empty.
       state: the state before the step. batch: as fed, with example_ids.
       metrics: the refused step's numbers.
+      replicas: of a step on several devices, whether all was finite on each.
 
     Raises:
       InputError: the disk is full; nothing half-written is left.
@@ -48,6 +50,12 @@ def save_incident(
         "metrics": dict(metrics),
         "environment": describe_environment(),
     }
+    bad = [number for number, healthy in enumerate(replicas) if not healthy]
+    if bad:
+        rows = len(ids) // len(replicas)
+        record["replicas"] = [
+            {"replica": one, "example_ids": ids[one * rows : (one + 1) * rows]} for one in bad
+        ]
     try:
         size = write_incident(directory, state=state, batch=batch, record=record)
     except InputError as error:
@@ -57,8 +65,16 @@ def save_incident(
             f"{error.remedy}, then train --resume {run.path} to meet the step again",
         ) from error
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    if bad:
+        others += f", on {'all' if len(bad) == len(replicas) else _listed(bad)} of "
+        others += f"{len(replicas)} replicas"
     return StoppedByGuard(
         f"step {step}: {failed[0].describe()} is not finite{others}; nothing of this step was "
         f"written, the state before it is in {directory} ({size / 1e6:.1f} MB)",
         f"Next: vggrepro diagnose-nan {run.path}",
     )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = ", …" if len(numbers) > 3 else ""
+    return "replica " + ", ".join(map(str, numbers[:3])) + more

@@ -43,7 +43,7 @@ class PjrtStep(StepState):
         self._refused: Any = None
         self.variables = {name: Slot(self, name, a) for name, a in state.items()}
         self._rate = self._sharded.replicated(np.array(rate_settings(config), np.float32))
-        self.healthy = np.ones(devices.size, bool)
+        self.healthy = [True] * devices.size
         self.rearm()
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
@@ -52,7 +52,7 @@ class PjrtStep(StepState):
         self._on_device, self._refused, applied, passed, telemetry, healthy = self._sharded.program(
             self._on_device, self._refused, self._rate, *batch
         )
-        self.healthy = np.asarray(healthy)
+        self.healthy = np.asarray(healthy).tolist()
         return StepResult(bool(applied), np.asarray(passed), np.asarray(telemetry))
 
     def reconfigure(self, config: TrainConfig) -> None:

@@ -321,6 +321,7 @@ class _Session:
             name_of=self._data.training.name_of,
             metrics=metrics,
             config=self._config,
+            replicas=self._step.healthy,
         )
 
     def _evaluate_if_due(self, stop: StopRequest) -> bool:
