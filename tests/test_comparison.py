@@ -69,7 +69,7 @@ def test_every_cell_of_the_paper_is_found_by_its_question(cell):
     nets = [net(one.arch, stages[one.scale_min, one.scale_max]) for one in cell.nets]
     if not cell.test_scales:
         for one, trained in zip(nets, cell.nets, strict=True):
-            one["scales"] = list(paper.own_test_scales(trained))
+            one["scales"] = list(paper.own_test_scales(trained.scale_min, trained.scale_max))
     asked = record(nets[::-1], cell.test_scales[::-1], cell.protocol)
     found = compare(asked)
     assert found.refusals == ()

@@ -19,6 +19,7 @@ from vggrepro import protocols, trainer
 from vggrepro.cli import main
 from vggrepro.data_source import open_data, open_index
 from vggrepro.evaluated_net import net_of_file, net_of_run
+from vggrepro.evaluation_record import PROTOCOLS
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import network_of
 from vggrepro.posteriors import PosteriorMean
@@ -249,7 +250,7 @@ def test_the_size_of_a_batch_changes_nothing(nets, index):
         assert tables[0] == pytest.approx(tables[1], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("protocol", protocols.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_graph_is_traced_for_a_shape(nets, index, protocol):
     compiled = protocols.CompiledNet(nets[0], protocol)
     shapes = [(32, 32)] * 2 if protocol == "center" else [(32, 40), (45, 33), (64, 96)]

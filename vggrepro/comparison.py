@@ -141,7 +141,10 @@ def _cells(record: Mapping[str, Any]) -> tuple[paper.PaperResult, ...]:
     if any(net["scale_min"] is None for net in nets):
         return ()
     key = sorted(map(repr, map(_trained, nets)))
-    own = all(sorted(net["scales"]) == sorted(paper.own_test_scales(_trained(net))) for net in nets)
+    own = all(
+        sorted(net["scales"]) == list(paper.own_test_scales(net["scale_min"], net["scale_max"]))
+        for net in nets
+    )
     return tuple(
         cell
         for cell in paper.RESULTS

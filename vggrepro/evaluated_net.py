@@ -14,6 +14,7 @@ from diagnostics.snapshot import hash_arrays
 from vggrepro.config import TrainConfig
 from vggrepro.foreign_weights import PREPROCESS, InputForm, read_weights
 from vggrepro.model import Network, network_of
+from vggrepro.paper import own_test_scales
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.run_directory import RunDirectory
 
@@ -48,10 +49,8 @@ class EvaluatedNet:
     def own_scales(self) -> tuple[int, ...]:
         """The three Q of the paper's Table 4: {S-32, S, S+32}, or the range's ends and middle."""
         least, most = self.preprocessing.scale_min, self.preprocessing.scale_max
-        step = 0
-        if least == most:
-            step = max(1, round(_SCALE_STEP * self.network.image_size / _PAPER_CROP))
-        return least - step, self.own_scale, most + step
+        step = max(1, round(_SCALE_STEP * self.network.image_size / _PAPER_CROP))
+        return own_test_scales(least, most, step)
 
 
 def net_of_run(run_dir: Path, warn: Callable[[str], None]) -> EvaluatedNet:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vggrepro.evaluated_net import EvaluatedNet
     from vggrepro.example_index import ExampleIndex
 
+PROTOCOLS = ("center", "dense", "multicrop", "both")
 SCHEMA = 1
 DIRECTORY = "evaluations"  # of the (first) run
 

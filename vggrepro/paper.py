@@ -142,12 +142,10 @@ TABLE_6 = (
 RESULTS = TABLE_3 + TABLE_4 + TABLE_5 + TABLE_6
 
 
-def own_test_scales(trained: Trained) -> tuple[int, ...]:
+def own_test_scales(scale_min: int, scale_max: int, step: int = 32) -> tuple[int, int, int]:
     """The three Q of a net in Table 4: {S-32, S, S+32}, or the range's ends and middle."""
-    if trained.scale_min == trained.scale_max:
-        return trained.scale_min - 32, trained.scale_min, trained.scale_min + 32
-    middle = (trained.scale_min + trained.scale_max) // 2
-    return trained.scale_min, middle, trained.scale_max
+    spread = step if scale_min == scale_max else 0
+    return scale_min - spread, (scale_min + scale_max) // 2, scale_max + spread
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from vggrepro.multicrop import GRID, multicrop_log_posteriors
 from vggrepro.posteriors import PosteriorMean
 from vggrepro.whole_images import WholeImages, image_sizes, unreadable
 
-PROTOCOLS = ("center", "dense", "multicrop", "both")
-
 Progress = Callable[[str, int, int], None]
 Scored = Iterator[tuple[np.ndarray, np.ndarray]]  # example ids, log posteriors
 
@@ -44,7 +42,7 @@ def evaluate(
 
     Args:
       scales: shorter sides Q, pixels, for each net.
-      protocol: one of PROTOCOLS.
+      protocol: one of `evaluation_record.PROTOCOLS`.
       batch_size: views of the net's own size that are in memory at a time.
 
     Returns:

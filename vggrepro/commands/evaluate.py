@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.errors import InputError
 from vggrepro.commands.train import data_directory
 from vggrepro.config import ARCHITECTURES, TrainConfig
+from vggrepro.evaluation_record import PROTOCOLS
 
 if TYPE_CHECKING:
     from vggrepro.evaluated_net import EvaluatedNet
@@ -23,8 +24,26 @@ on every validation image. Protocols: center (one crop), dense (the whole image,
 connected layers as convolutions), multicrop (5x5 grid and mirror images), both. Posteriors
 are averaged over views, scales and nets. The result is kept in RUN_DIR/evaluations/."""
 
-PROTOCOLS = ("center", "dense", "multicrop", "both")
 OWN_SCALES = "multi"
+_WEIGHTS_HELP = (
+    "evaluate a file of weights: .h5 of Keras, .safetensors or .pth of torchvision, or ours"
+)
+_ARCH_HELP = (
+    "with --weights: its net, " + ", ".join(ARCHITECTURES) + ". Default: as its convolutions say"
+)
+_PREPROCESS_HELP = (
+    "with --weights: what its net was trained to see; caffe: BGR minus the mean "
+    "(keras.applications); torch: RGB in [0, 1], normalised (torchvision)"
+)
+_SCALES_HELP = (
+    "shorter sides after rescaling, pixels; multi: each net's own three of the paper's "
+    "Table 4. Default: each net's S"
+)
+_POOLS_HELP = (
+    "odd rows and columns in pooling; down: left out, as in training here; up: kept, as in "
+    "Caffe, which the authors used. Default: down"
+)
+_BATCH_HELP = "views of the net's own size in memory at a time. Default: 16"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -36,23 +55,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories; several are fused")
-    add("--weights", type=Path, metavar="FILE", help="evaluate a file of weights: .h5 of Keras, "
-        ".safetensors or .pth of torchvision, or ours")  # fmt: skip
-    add("--arch", choices=ARCHITECTURES, metavar="NET", help="with --weights: its net, "
-        + ", ".join(ARCHITECTURES) + ". Default: as its convolutions say")  # fmt: skip
-    add("--preprocess", choices=("caffe", "torch"), help="with --weights: what its net was "
-        "trained to see; caffe: BGR minus the mean (keras.applications); torch: RGB in [0, 1], "
-        "normalised (torchvision)")  # fmt: skip
+    add("--weights", type=Path, metavar="FILE", help=_WEIGHTS_HELP)
+    add("--arch", choices=ARCHITECTURES, metavar="NET", help=_ARCH_HELP)
+    add("--preprocess", choices=("caffe", "torch"), help=_PREPROCESS_HELP)
     add("--protocol", choices=PROTOCOLS, default="dense", help="Default: dense")
-    add("--scales", metavar="Q[,Q...]", help="shorter sides after rescaling, pixels; multi: each "
-        "net's own three of the paper's Table 4. Default: each net's S")  # fmt: skip
+    add("--scales", metavar="Q[,Q...]", help=_SCALES_HELP)
     add("--data", metavar="PATH", help="a directory with train/ and val/. Default: the run's")
     add("--split", choices=("val", "train"), default="val", help="Default: val")
-    add("--pool-rounding", choices=("down", "up"), default="down", help="odd rows and columns in "
-        "pooling; down: left out, as in training here; up: kept, as in Caffe, which the authors "
-        "used. Default: down")  # fmt: skip
-    add("--batch-size", type=int, default=16, metavar="INT", help="views of the net's own size in "
-        "memory at a time. Default: 16")  # fmt: skip
+    add("--pool-rounding", choices=("down", "up"), default="down", help=_POOLS_HELP)
+    add("--batch-size", type=int, default=16, metavar="INT", help=_BATCH_HELP)
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
