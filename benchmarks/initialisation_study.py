@@ -141,15 +141,21 @@ def _divided_data(*arguments: Any) -> DataSource:
 
 
 def run_cell(cell: Cell, data: Path, out: Path, precision: str, budget: float) -> dict[str, Any]:
-    """Trains (or goes on with) a cell, diagnoses it and returns its record."""
+    """Trains (or goes on with) a cell, diagnoses it and returns its record.
+
+    Raises:
+      KeyboardInterrupt: the training was told to stop; the cell goes on next time.
+    """
     run_dir = out / "runs" / cell.name
     config = cell.config(data, out, precision)
     opened = _divided_data if cell.divided else open_data
     started = time.perf_counter()
     with mock.patch.object(trainer, "open_data", opened):
         try:
-            trainer.train(config, run_dir, resume=(run_dir / "config.json").exists())
+            result = trainer.train(config, run_dir, resume=(run_dir / "config.json").exists())
             stopped = None
+            if result.status == "interrupted":
+                raise KeyboardInterrupt
         except StoppedByGuard as error:
             stopped = error.message
     trained = time.perf_counter() - started

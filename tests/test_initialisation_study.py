@@ -6,6 +6,7 @@ import json
 import sys
 import xml.dom.minidom
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,6 +95,16 @@ def test_the_picture_has_a_panel_for_every_cell():
         and "inf" not in picture
         and "nan" not in picture.lower().replace("nan at step", "")
     )
+
+
+def test_an_interrupted_cell_is_not_kept(tmp_path, monkeypatch):
+    interrupted = SimpleNamespace(status="interrupted")
+    monkeypatch.setattr(study.trainer, "train", lambda *arguments, **options: interrupted)
+    monkeypatch.setattr(study, "ensure_synthetic", lambda directory: directory)
+    monkeypatch.setattr(sys, "argv", ["study", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        study.main()
+    assert not (tmp_path / "cells").exists()
 
 
 @pytest.mark.slow
