@@ -19,11 +19,30 @@ from tensorflow.core.framework import attr_value_pb2
 _CHAIN = {"Mul": tf.raw_ops.Mul, "Add": tf.raw_ops.Add, "AddV2": tf.raw_ops.AddV2}
 
 
+# Attribute of a graph: what was read again there, by id of the tensor, which is held with it.
+_READ_AGAIN = "_numeric_guard_read_again"
+
+
 def second_reading(tensor: Any) -> Any:
-    """The same number by ops of their own, as far up as products and sums go."""
+    """The same number by ops of their own, as far up as products and sums go.
+
+    Each op is made again once in a graph: a residual net is one long chain of sums, and
+    x + x + ... would double the work with every sum.
+    """
     operation = _operation(tensor)
     if operation is None or not _is_chain(operation):
         return tensor
+    graph = tf.compat.v1.get_default_graph()  # may be a proxy, which has no `vars`
+    known = getattr(graph, _READ_AGAIN, None)
+    if known is None:
+        known = {}
+        setattr(graph, _READ_AGAIN, known)
+    if id(tensor) not in known:
+        known[id(tensor)] = tensor, _made_again(tensor, operation)
+    return known[id(tensor)][1]
+
+
+def _made_again(tensor: Any, operation: tf.Operation) -> Any:
     inputs = [second_reading(value) for value in operation.inputs]
     # Without a mark, common subexpressions would become one op again.
     mark = attr_value_pb2.AttrValue(b=True)
