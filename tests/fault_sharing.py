@@ -23,7 +23,7 @@ from vggrepro.train_step import TrainStep
 
 
 class StepPool:
-    """Stands in for the class `TrainStep`: hands out a compiled step again where it fits."""
+    """Stands in for what makes a `TrainStep`: hands out a compiled step again where it fits."""
 
     def __init__(self) -> None:
         self._steps: dict[TrainConfig, TrainStep] = {}
@@ -44,7 +44,7 @@ class StepPool:
 @contextmanager
 def shared_steps() -> Iterator[None]:
     """VGG runs inside share their compiled steps."""
-    with patched((trainer, "TrainStep", StepPool()), (replay_adapter, "TrainStep", StepPool())):
+    with patched((trainer, "training_step", StepPool()), (replay_adapter, "TrainStep", StepPool())):
         yield
 
 
