@@ -49,7 +49,9 @@ PIXEL_SPREAD = 58.0  # grey levels; dividing by it gives inputs of about unit va
 # A leaves its plateau at about 2,000; with and without inheritance get the same steps.
 STEPS = {"sigma 0.01": 3000, "sigma 0.01, from A": 3000}
 SHORT_STEPS = 1000
-LEARNT = 0.9  # of the loss of guessing, over the last steps
+CHUNK = 1000  # steps after which a run that clearly learns is ended
+CLEARLY_LEARNT = 0.7  # of the loss of guessing, over the last steps
+LEARNT = 0.9
 TAIL = 50  # steps that count as the last
 
 
@@ -152,10 +154,11 @@ def run_cell(cell: Cell, data: Path, out: Path, precision: str, budget: float) -
     started = time.perf_counter()
     with mock.patch.object(trainer, "open_data", opened):
         try:
-            result = trainer.train(config, run_dir, resume=(run_dir / "config.json").exists())
+            for steps in range(CHUNK, config.steps + 1, CHUNK):
+                _go_on(dataclasses.replace(config, steps=steps), run_dir)
+                if _last_loss(run_dir) < CLEARLY_LEARNT * math.log(10):
+                    break
             stopped = None
-            if result.status == "interrupted":
-                raise KeyboardInterrupt
         except StoppedByGuard as error:
             stopped = error.message
     trained = time.perf_counter() - started
@@ -168,6 +171,23 @@ def run_cell(cell: Cell, data: Path, out: Path, precision: str, budget: float) -
         "stopped": stopped,
         "commit": describe_environment()["code"]["commit"],
     }
+
+
+def _go_on(config: TrainConfig, run_dir: Path) -> None:
+    """Trains up to `config.steps`, unless the run is there already."""
+    resume = (run_dir / "config.json").exists()
+    if resume:
+        with RunDirectory.open(run_dir) as run:
+            if run.manifest()["steps"] >= config.steps:
+                return
+    if trainer.train(config, run_dir, resume=resume).status == "interrupted":
+        raise KeyboardInterrupt
+
+
+def _last_loss(run_dir: Path) -> float:
+    with RunDirectory.open(run_dir) as run:
+        _, columns, rows = run.telemetry.read()
+    return float(np.mean(rows[-TAIL:, list(columns).index("loss")]))
 
 
 def _record(cell: Cell, run_dir: Path, stopped: bool, budget: float) -> dict[str, Any]:

@@ -97,6 +97,16 @@ def test_the_picture_has_a_panel_for_every_cell():
     )
 
 
+@pytest.mark.parametrize(("losses", "trained"), [([2.3, 1.0], 2000), ([2.3] * 3, 3000)])
+def test_a_run_that_clearly_learns_is_ended_early(tmp_path, monkeypatch, losses, trained):
+    asked, ahead = [], iter(losses)
+    monkeypatch.setattr(study, "_go_on", lambda config, run_dir: asked.append(config.steps))
+    monkeypatch.setattr(study, "_last_loss", lambda run_dir: next(ahead))
+    monkeypatch.setattr(study, "_record", lambda *arguments: {})
+    study.run_cell(study.SOURCE, tmp_path, tmp_path, "float32", 0.0)
+    assert asked[-1] == trained
+
+
 def test_an_interrupted_cell_is_not_kept(tmp_path, monkeypatch):
     interrupted = SimpleNamespace(status="interrupted")
     monkeypatch.setattr(study.trainer, "train", lambda *arguments, **options: interrupted)
