@@ -20,6 +20,7 @@ from diagnostics.signals import (
     input_arrays,
     input_scale,
     label_arrays,
+    learnt_first,
     lonely_peak,
     lonely_sentence,
     loss_over_chance,
@@ -154,6 +155,8 @@ def _unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
     weight = min(4.5, 0.6 + 1.6 * (math.log10(rms) - 1.0))
     if amplified > 3.0:
         weight *= 0.4
+    if learnt_first(evidence):
+        weight *= 0.3  # it had learnt from the same numbers
     ratio = loss_over_chance(evidence)
     if ratio is not None and ratio > ABSURD_START and amplified <= 3.0:
         weight += 1.5

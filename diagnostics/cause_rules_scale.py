@@ -16,6 +16,7 @@ from diagnostics.signals import (
     exploded,
     first_loss,
     largest_update,
+    learnt_first,
     loss_over_chance,
     unscaled,
 )
@@ -42,7 +43,8 @@ def scale_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _rate(evidence)
     yield from _schedule(evidence)
     # An ordinary rate on unscaled numbers makes large updates, and a smaller one survives.
-    share = 0.4 if _ordinary_rate(evidence) and unscaled(evidence) else 1.0
+    innocent = _ordinary_rate(evidence) and unscaled(evidence) and not learnt_first(evidence)
+    share = 0.4 if innocent else 1.0
     for finding in (*_updates(evidence), *_rate_replays(evidence, amplified)):
         yield finding._replace(weight=finding.weight * (share if finding.weight > 0 else 1.0))
 
@@ -106,7 +108,7 @@ def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
             yield Finding("init", weight, text)
     absurd = absurd_loss is not None or (seen is not None and seen[0] > 300)
     if evidence.onset is not None and not absurd and amplified < 2 * _EXPLODES:
-        if not unscaled(evidence):
+        if not unscaled(evidence) or learnt_first(evidence):
             yield Finding("learning_rate", 2.0, _sane_start(evidence, loss))
         if evidence.onset.step > 0:
             yield Finding("init", -1.5)

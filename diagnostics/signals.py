@@ -24,6 +24,8 @@ HUGE = 1e6  # a finite activation or input beyond this is an explosion under way
 ABSURD_START = 4.0  # times the loss of guessing
 UNSCALED_INPUT = 10.0  # RMS
 UNSCALED_TARGET = 100.0
+_LEARNT = 0.7  # times the loss of guessing
+_SETTLED = 10  # steps whose median counts
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _FLOAT16_LIMIT_BITS = 16.0
@@ -127,6 +129,17 @@ def loss_over_chance(evidence: Evidence) -> float | None:
     """Step 0's loss over the loss of guessing; None if either is unknown."""
     loss, chance = first_loss(evidence), evidence.facts.chance_loss
     return None if loss is None or not chance else loss / chance
+
+
+def learnt_first(evidence: Evidence) -> bool:
+    """Whether the loss had fallen well below its start, and guessing, before the onset."""
+    loss, start = scalar_column(evidence.telemetry, "loss"), first_loss(evidence)
+    if loss is None or start is None or evidence.onset is None:
+        return False
+    before = loss[evidence.telemetry.steps < evidence.onset.step]
+    before = before[np.isfinite(before)]
+    bar = _LEARNT * min(start, evidence.facts.chance_loss or start)
+    return before.size >= _SETTLED and float(np.median(before[-_SETTLED:])) < bar
 
 
 def absurd_start(evidence: Evidence) -> str | None:

@@ -711,3 +711,24 @@ def test_confidence_and_kind_are_in_the_schema():
 )
 def test_op_names(name, kind):
     assert op_name(name) == kind
+
+
+@pytest.mark.parametrize(("lowest", "cause"), [(0.6, "learning_rate"), (2.25, "data")])
+def test_a_run_that_had_learnt_from_its_inputs_is_not_blamed_on_their_scale(lowest, cause):
+    columns = quiet(60)
+    columns["loss"] = np.r_[np.linspace(2.3, lowest, 30), np.full(24, lowest)]
+    columns["loss"] = np.r_[columns["loss"], [lowest, 1.5, 3, 900, 7e8, np.nan]]
+    columns["grad_norm"][-6:] = [3, 200, 2e3, 1e5, 7e9, np.nan]
+    for name in ("input_max", "input_min"):
+        columns[name] = 40 * columns[name]
+    for name, _ in VGG_A:
+        columns[f"{name}/gradient_norm"][-6:] = [1, 60, 500, 3e4, 2e9, np.nan]
+        columns[f"{name}/peak"][-6:] = [5, 9, 60, 2e3, 1e9, np.inf]
+    found = judge(
+        evidence(
+            telemetry=telemetry(columns),
+            first_nonfinite=first("forward", "block4_conv1", "Conv2D", inputs=[(0, 1e30)]),
+            batch_stats={"images": stats(60.0, 128.0), "labels": labels()},
+        )
+    )
+    assert found.kind == cause

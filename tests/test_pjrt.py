@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+from jax_devices import eight_virtual_devices
 from small_runs import (
     random_batch,
     replaced,
@@ -35,11 +36,7 @@ def make():
     Without op determinism, which other tests of this process may have turned on:
     TensorFlow lowers nothing under it.
     """
-    reason = "the extra pjrt is not installed (JAX needs Python 3.11)"
-    jax = pytest.importorskip("jax", reason=reason)
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    assert jax.device_count() == 8
+    eight_virtual_devices()
     from vggrepro.pjrt_step import PjrtStep
 
     tensorflow_config.disable_op_determinism()

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from jax_devices import eight_virtual_devices
 from small_runs import tiny_config, tiny_network
 from tensorflow.python.framework import config as tensorflow_config
 
@@ -19,9 +20,7 @@ SMALL = ["--width", "0.05", "--image-size", "32", "--classes", "3", "--batch-siz
 
 @pytest.fixture(scope="module")
 def compiler():
-    for name in ("jax", "libtpu"):
-        reason = "the extra tpu-check is not installed (JAX needs Python 3.11)"
-        pytest.importorskip(name, reason=reason)
+    eight_virtual_devices()
     tensorflow_config.disable_op_determinism()  # nothing is lowered under it
     return TpuCompiler("v3:2x2")
 
