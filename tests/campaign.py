@@ -115,7 +115,10 @@ class Campaign:
             run = fault.stopped(self._new_directory(), self._data, pool)
         except NotStopped:
             return NOTHING, ["the guard did not trip"]
-        found = diagnose(run, budget_seconds=BUDGET)
+        try:
+            found = diagnose(run, budget_seconds=BUDGET)
+        except NothingToDiagnose as error:
+            return NOTHING, [str(error)]
         toy = isinstance(run, ToyRun)
         train = partial(train_toy if toy else self._train_vgg, run)
         wrong = complaints_of_cause(fault, found) + false_claims(run, found, train)

@@ -110,7 +110,7 @@ UNUSUAL = (
     Finite(
         "vgg-he-dead",
         "init",
-        {"init": "he-normal", "lr": 1e-3, "seed": 2},
+        {"init": "he-normal", "lr": 1e-3, "seed": 0},
         verdict="stalled",
         steps=60,
     ),
