@@ -462,11 +462,16 @@ def test_damaged_files_are_one_line(copy, failed_run, capsys, file, content, wor
 # ---------------------------------------------------------------- interruptions and disks
 
 
-def test_ctrl_c_is_130_without_a_traceback(toy, capsys, monkeypatch):
-    def interrupted(*_):
-        signal.raise_signal(signal.SIGINT)
+@pytest.fixture
+def ctrl_c():
+    """Interrupts this process, also where its parent had asked for SIGINT to be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
-    monkeypatch.setattr("diagnostics.diagnose.locate", interrupted)
+
+def test_ctrl_c_is_130_without_a_traceback(toy, capsys, monkeypatch, ctrl_c):
+    monkeypatch.setattr("diagnostics.diagnose.locate", ctrl_c)
     assert diagnosed(toy[1], "--json") == 130
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "interrupted\n")

@@ -15,7 +15,7 @@ from diagnostics.incident import read_incident
 
 
 class Faulty(L.Layer):
-    """Passes its input on; at one iteration it multiplies values or gradients by `bad`."""
+    """Passes its input on; at one iteration the first value or gradient is `bad`."""
 
     def __init__(self, optimizer: Any, step: int, bad: float, backward: bool, **options: Any):
         super().__init__(**options)
@@ -23,14 +23,14 @@ class Faulty(L.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         hit = tf.equal(tf.cast(self._optimizer.iterations, tf.int32), self._step)
-        one = tf.reshape(tf.one_hot(0, tf.size(x), self._bad, 1.0), tf.shape(x))
-        factor = tf.where(hit, one, tf.ones_like(x))
+        first = tf.reshape(tf.one_hot(0, tf.size(x), True, False), tf.shape(x))
+        struck = tf.logical_and(hit, first)
 
         @tf.custom_gradient
         def passed(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
             if self._backward:
-                return tf.identity(values), lambda upstream: upstream * factor
-            return values * factor, lambda upstream: upstream
+                return tf.identity(values), lambda upstream: tf.where(struck, self._bad, upstream)
+            return tf.where(struck, self._bad, values), lambda upstream: upstream
 
         return passed(x)
 
@@ -100,6 +100,10 @@ def test_the_injected_place_is_the_first_check_that_trips(place):
         assert (first["stage"], first["layer"]) == ("backward", before)
         return
     expected = {"data": "", "weights": layer, "forward": "faulty"}[place["stage"]]
+    if (place["stage"], place["bad"]) == ("forward", -np.inf):
+        # Let pass as in a mask; the next layer is the first that it spoils.
+        behind = place["at"] % place["depth"] + 1
+        expected = f"dense_{behind}" if behind < place["depth"] else "logits"
     assert (first["stage"], first["layer"]) == (place["stage"], expected)
     if place["stage"] != "weights":
         assert all(np.isfinite(w).all() for w in fitted.model.get_weights())
