@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two processes, a file of tests in one of them, so that its runs are made once.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --durations 40 --durations-min 3
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .PHONY: demo test test-all lint clean
