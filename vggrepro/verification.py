@@ -33,6 +33,7 @@ from vggrepro.replay_adapter import VggRun
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_metrics import StepMetrics
 from vggrepro.train_step import TrainStep
+from vggrepro.training_step import evaluator
 
 Progress = Callable[[str, int, int], None]
 _ON_THE_CLOCK = ("images_per_second",)
@@ -135,7 +136,7 @@ class _Replay:
         with tf.device(accelerator.device_name(self._config)):
             state = self._recording.state_before(start)
             step = TrainStep(self._config, self._recording.network, state)
-            evaluator = self._evaluator(step)
+            validator = evaluator(step)
             if start == 0:
                 self._check_weights(0, "initial_weights_sha256", step)
             metrics = StepMetrics(step.layout, self._config.batch_size)
@@ -144,7 +145,7 @@ class _Replay:
             for now in range(start, end + 1):
                 progress("verifying", now - start, end - start)
                 if now > start:
-                    self._check_validation(now, step, evaluator, data.validation)
+                    self._check_validation(now, step, validator, data.validation)
                     self._check_state(now, step)
                 if now == end or (self._first is not None and not self._states_ahead(now, end)):
                     break
@@ -170,20 +171,13 @@ class _Replay:
             told = metrics.brief(metrics.of_step(result.telemetry))
             self._check_metrics(now, "metrics", self._training[now], told)
 
-    def _evaluator(self, step: TrainStep) -> Evaluator:
-        parameters = {
-            name: step.variables[f"params/{name}"]
-            for name in self._recording.network.parameter_shapes()
-        }
-        return Evaluator(self._recording.network, parameters, tf.as_dtype(self._config.precision))
-
     def _check_validation(
-        self, now: int, step: TrainStep, evaluator: Evaluator, batches: Any
+        self, now: int, step: TrainStep, validator: Evaluator, batches: Any
     ) -> None:
         """Runs a recorded validation again; one of the schedule steers the rate, as it did."""
         if now not in self._validation:
             return
-        found = evaluator.evaluate(batches)
+        found = validator.evaluate(batches)
         assert found is not None
         self._compared["validations"] += 1
         self._check_metrics(now, "validation", self._validation[now], found)
