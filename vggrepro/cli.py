@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from diagnostics.errors import InputError, ToolError
-from vggrepro import commands
+from vggrepro import commands, quiet_import
 
 DESCRIPTION = """\
 Reproduces VGG (Simonyan and Zisserman, arXiv 1409.1556) in TensorFlow."""
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     # TensorFlow's C++ chatter would break the progress display; a user's own choice stays.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_import.install()
     try:
         code = _run(arguments)
         sys.stdout.flush()
