@@ -131,3 +131,23 @@ def test_missing_tensorflow_says_what_to_install():
     for extra in ("cpu", "gpu", "tpu"):
         assert f"vggrepro[{extra}]" in error.remedy
     assert "\n" not in str(error)
+
+
+def test_kernels_that_change_the_bits_are_told():
+    """In a process of its own: determinism cannot be turned off again."""
+    code = """
+import json, tensorflow as tf
+from vggrepro.environment import describe_environment, differences
+before = describe_environment()
+tf.config.experimental.enable_op_determinism()
+after = describe_environment()
+print(json.dumps([before["determinism"], after["determinism"], differences(before, after)]))
+"""
+    variables = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=variables
+    )
+    before, after, found = json.loads(done.stdout)
+    assert before == {"onednn_kernels": False, "deterministic_ops": False}
+    assert after == {"onednn_kernels": False, "deterministic_ops": True}
+    assert found == ["deterministic ops: False when recorded, True now"]

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +61,25 @@ def describe_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "hardware": {**_processor(), "memory_bytes": _memory_bytes(), "devices": list(devices)},
+        "determinism": _determinism(),
         "variables": relevant_variables(os.environ),
+    }
+
+
+def _determinism() -> dict[str, bool]:
+    """What TensorFlow does about repeatable bits; empty while it is not imported.
+
+    oneDNN is on by default only where the processor has neural-network instructions, and
+    its kernels have other bits.
+    """
+    if "tensorflow" not in sys.modules:
+        return {}
+    from tensorflow.python.framework import config
+    from tensorflow.python.util import _pywrap_util_port
+
+    return {
+        "onednn_kernels": bool(_pywrap_util_port.IsMklEnabled()),
+        "deterministic_ops": bool(config.is_op_determinism_enabled()),
     }
 
 
@@ -167,6 +186,11 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
                 found.append(f"{what}{name}: {was} when recorded, {now} now")
     hardware, now_hardware = recorded.get("hardware", {}), current.get("hardware", {})
     pairs = [(name, recorded.get(name), current.get(name)) for name in ("python", "system")]
+    flags, now_flags = recorded.get("determinism", {}), current.get("determinism", {})
+    pairs += [
+        (name.replace("_", " "), flags[name], now_flags[name])
+        for name in sorted(flags.keys() & now_flags.keys())
+    ]
     pairs += [(name, hardware.get(name), now_hardware.get(name)) for name in ("cpu", "cores")]
     return found + [
         f"{name}: {old} when recorded, {new} now" for name, old, new in pairs if old != new
