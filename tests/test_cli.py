@@ -301,6 +301,7 @@ def test_no_option_makes_images_and_a_dated_run_directory(trained, monkeypatch, 
     assert f"making synthetic images in {made[0]}" in output
     assert "top-1 error 40.00 %, top-5 error 12.50 %" in output
     assert f"tensorboard --logdir {trained.run_dir}/tensorboard" in output
+    assert f"vggrepro evaluate {trained.run_dir} --protocol dense" in output
     assert f"vggrepro train --resume {trained.run_dir} --steps MORE" in output
 
 

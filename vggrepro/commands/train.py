@@ -152,5 +152,7 @@ def _print_summary(result: TrainResult) -> None:
         )
     print(f"  run directory {place}\nnext")
     print(f"  tensorboard --logdir {place}/tensorboard")
-    more = " --steps MORE" if result.status == "finished" else ""
-    print(f"  vggrepro train --resume {place}{more}")
+    finished = result.status == "finished"
+    if finished:
+        print(f"  vggrepro evaluate {place} --protocol dense")
+    print(f"  vggrepro train --resume {place}{' --steps MORE' if finished else ''}")
