@@ -30,7 +30,7 @@ from vggrepro.shard_check import default_workers
 from vggrepro.shard_writer import Recipe
 
 LATE_STEP = 300_000
-WINDOW = "window:128"  # a few hundred files hold no window of the usual size
+WINDOW = "window:256"  # a few hundred files hold no window of the usual size
 
 Streams = dict[str, Callable[[], TrainingStream]]
 

@@ -12,6 +12,7 @@ from diagnostics.snapshot import hash_arrays
 from vggrepro.config import TrainConfig
 from vggrepro.model import Network, build_network
 from vggrepro.run_directory import RunDirectory
+from vggrepro.step_metrics import ON_THE_CLOCK
 from vggrepro.synthetic import ensure_synthetic
 
 TINY = {
@@ -54,7 +55,7 @@ def random_batch(config: TrainConfig, seed: int = 0) -> tuple[np.ndarray, np.nda
 
 def without_timing(record: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl without what depends on the clock."""
-    return {name: value for name, value in record.items() if name != "images_per_second"}
+    return {name: value for name, value in record.items() if name not in ON_THE_CLOCK}
 
 
 def run_outcome(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.example_index import ExampleIndex
-from vggrepro.example_reader import example_reader
+from vggrepro.example_reader import Plan, Rows, example_reader, example_rows
 from vggrepro.order import WindowShuffle, example_order
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
@@ -64,7 +64,7 @@ class TrainingStream:
         self._augment_key = fold_in(seed, STREAM_AUGMENT)
         self._one_batch = tf.function(
             lambda step: self._batches(
-                self._reader.attach(self._planned(step, step + 1))
+                self._reader.rows(self._planned(step, step + 1))
             ).get_single_element(),
             input_signature=[tf.TensorSpec([], tf.int64)],
         )
@@ -75,44 +75,47 @@ class TrainingStream:
 
     def stream(self, first_step: int) -> tf.data.Dataset:
         """An endless dataset of the batches from `first_step` on, prefetched."""
-        rows = self._planned(tf.constant(first_step, tf.int64), tf.int64.max)
-        return self._batches(self._read_ahead(rows, first_step)).prefetch(2)
+        plans = self._planned(tf.constant(first_step, tf.int64), tf.int64.max)
+        return self._batches(self._read_ahead(plans, first_step)).prefetch(2)
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
-        return [int(i) for i in self._plan(tf.constant(step, tf.int64))["example_ids"]]
+        return [int(i) for i in self._plan(tf.constant(step, tf.int64))[0]["example_ids"]]
 
     def name_of(self, example_id: int) -> str:
         """Path of an example, relative to the data directory."""
         return self.index.name_of(example_id)
 
     def _planned(self, first_step: tf.Tensor, end_step: tf.Tensor | int) -> tf.data.Dataset:
-        return tf.data.Dataset.range(first_step, end_step).map(self._plan).unbatch()
+        return tf.data.Dataset.range(first_step, end_step).map(self._plan)
 
-    def _read_ahead(self, rows: tf.data.Dataset, first_step: int) -> tf.data.Dataset:
-        """`rows` with their bytes: window by window where all rows of a window are taken."""
+    def _read_ahead(self, plans: tf.data.Dataset, first_step: int) -> tf.data.Dataset:
+        """The rows with their bytes: window by window where all rows of a window are taken."""
         whole = len(self._rows) == self.batch_size
         if not (whole and isinstance(self._order, WindowShuffle) and self.index.records):
-            return self._reader.attach(rows)
+            return self._reader.rows(plans)
         data = window_records(self._order, self.index.records, first_step * self.batch_size)
-        return tf.data.Dataset.zip((rows, data)).map(lambda row, data: {**row, "data": data})
+        rows = plans.map(lambda row, places: row).unbatch()
+        return tf.data.Dataset.zip((rows, data))
 
     def _batches(self, rows: tf.data.Dataset) -> tf.data.Dataset:
         examples = rows.map(self._example, num_parallel_calls=_threads(), deterministic=True)
         return _with_options(examples.batch(len(self._rows), drop_remainder=True))
 
-    def _plan(self, step: tf.Tensor) -> Batch:
-        """What a step's rows read and how they are augmented; each value is [b, ...]."""
+    def _plan(self, step: tf.Tensor) -> Plan:
+        """What a step's rows read and how they are augmented."""
         rows = tf.range(self._rows.start, self._rows.stop, dtype=tf.int64)
         positions = step * self.batch_size + rows
         epochs = positions // len(self.index)
         example_ids = self._order.example_ids(epochs, positions % len(self.index))
         seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
-        return {"example_ids": example_ids, "seeds": seeds, **self._reader.look_up(example_ids)}
+        row, places = self._reader.look_up(example_ids)
+        return {**row, "seeds": seeds}, places
 
-    def _example(self, row: Batch) -> Batch:
+    def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
+        jpeg = self._reader.jpeg(stored)
         return {
-            "images": self.preprocessing.training_image(self._reader.jpeg(row), row["seeds"]),
+            "images": self.preprocessing.training_image(jpeg, row["seeds"]),
             "labels": row["labels"],
             "example_ids": row["example_ids"],
         }
@@ -172,8 +175,7 @@ class EvaluationStream:
 
     def _batches(self) -> tf.data.Dataset:
         ids = self._example_ids()
-        rows = tf.data.Dataset.from_tensor_slices(ids[ids < len(self.index)]).map(self._plan)
-        examples = self._reader.attach(rows).map(
+        examples = example_rows(self._reader, ids[ids < len(self.index)]).map(
             self._example, num_parallel_calls=_threads(), deterministic=True
         )
         side = self.preprocessing.image_size
@@ -192,13 +194,10 @@ class EvaluationStream:
         firsts = np.arange(len(self), dtype=np.int64) * self.batch_size
         return (firsts[:, None] + np.array(self._rows)).reshape(-1)
 
-    def _plan(self, example_id: tf.Tensor) -> Batch:
-        return {"example_ids": example_id, **self._reader.look_up(example_id)}
-
-    def _example(self, row: Batch) -> Batch:
+    def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
         side = self.preprocessing.evaluation_side
         return {
-            "images": self.preprocessing.evaluation_image(self._reader.jpeg(row), side),
+            "images": self.preprocessing.evaluation_image(self._reader.jpeg(stored), side),
             "labels": row["labels"],
             "example_ids": row["example_ids"],
             "weights": tf.constant(1.0),
@@ -208,9 +207,10 @@ class EvaluationStream:
 def example_files(index: ExampleIndex, example_ids: np.ndarray) -> tf.data.Dataset:
     """The content of these examples (int64 [n]), scalar strings in the same order."""
     reader = example_reader(index)
-    with tf.device("CPU:0"):
-        rows = tf.data.Dataset.from_tensor_slices(example_ids).map(reader.look_up)
-    return reader.attach(rows).map(reader.jpeg, num_parallel_calls=_threads(), deterministic=True)
+    rows = example_rows(reader, example_ids)
+    return rows.map(
+        lambda row, stored: reader.jpeg(stored), num_parallel_calls=_threads(), deterministic=True
+    )
 
 
 def _threads() -> int:

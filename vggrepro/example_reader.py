@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
@@ -12,7 +13,10 @@ from vggrepro.example_index import ExampleIndex, RecordTable
 from vggrepro.storage import read_bytes
 
 Rows = dict[str, tf.Tensor]
+Plan = tuple[Rows, tuple[tf.Tensor, ...]]  # rows, and where their images are; all [b, ...]
 
+_PLAN_ROWS = 32
+_WHOLE_PLAN = 2**30  # a plan is at its end before
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
@@ -24,20 +28,18 @@ class FileReader:
             self._labels = tf.constant(index.labels)
             self._paths = tf.constant([index.location(i) for i in range(len(index))])
 
-    def look_up(self, example_ids: tf.Tensor) -> Rows:
-        """What reading these examples takes, and "labels" (int32); of the ids' shape."""
-        return {
-            "paths": tf.gather(self._paths, example_ids),
-            "labels": tf.gather(self._labels, example_ids),
-        }
+    def look_up(self, example_ids: tf.Tensor) -> Plan:
+        """The rows of these examples (int64 [b]), and their places for `rows`."""
+        row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
+        return row, (tf.gather(self._paths, example_ids),)
 
-    def attach(self, rows: tf.data.Dataset) -> tf.data.Dataset:
-        """Rows of `look_up`, one example each, made ready for `jpeg`; order is kept."""
-        return rows
+    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        """Plans taken apart: a row and what `jpeg` needs for it at a time, in order."""
+        return plans.map(lambda row, places: (row, *places)).unbatch()
 
-    def jpeg(self, row: Rows) -> tf.Tensor:
+    def jpeg(self, path: tf.Tensor) -> tf.Tensor:
         """The bytes of one example, scalar string."""
-        return tf.io.read_file(row["paths"])
+        return tf.io.read_file(path)
 
 
 class RecordReader:
@@ -50,37 +52,51 @@ class RecordReader:
             self._shard = tf.constant(records.shard)
             self._offset = tf.constant(records.offset)
 
-    def look_up(self, example_ids: tf.Tensor) -> Rows:
+    def look_up(self, example_ids: tf.Tensor) -> Plan:
         """As `FileReader.look_up`."""
-        return {
-            "files": tf.gather(self._files, tf.gather(self._shard, example_ids)),
-            "offsets": tf.gather(self._offset, example_ids),
-            "labels": tf.gather(self._labels, example_ids),
-        }
+        row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
+        files = tf.gather(self._files, tf.gather(self._shard, example_ids))
+        return row, (files, tf.gather(self._offset, example_ids))
 
-    def attach(self, rows: tf.data.Dataset) -> tf.data.Dataset:
-        """As `FileReader.attach`: reads the records, a few at a time, in order.
+    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        """As `FileReader.rows`: reads the records, those of a few plans at a time.
 
         Not in a parallel map: op determinism, which training turns on, would make a map
-        that reads records serial; interleaved record datasets it leaves parallel.
+        that reads records serial; interleaved record datasets it leaves parallel. A plan is
+        read by one thread: handing over record by record costs more than reading it.
         """
         threads = os.cpu_count() or 1
-        records = rows.interleave(
-            lambda row: record_dataset(row["files"], row["offsets"]).take(1),
+        return plans.interleave(
+            _rows_with_records,
             cycle_length=threads,
+            block_length=_WHOLE_PLAN,
             num_parallel_calls=threads,
             deterministic=True,
         )
-        return tf.data.Dataset.zip((rows, records)).map(lambda row, data: {**row, "data": data})
 
-    def jpeg(self, row: Rows) -> tf.Tensor:
+    def jpeg(self, data: tf.Tensor) -> tf.Tensor:
         """As `FileReader.jpeg`."""
-        return row["data"]
+        return data
+
+
+def _rows_with_records(row: Rows, places: tuple[tf.Tensor, ...]) -> tf.data.Dataset:
+    # Functions cost more than records: one call a record, to open it, and no other.
+    records = tf.data.Dataset.from_tensor_slices(places).flat_map(
+        lambda file, offset: record_dataset(file, offset).take(1)
+    )
+    return tf.data.Dataset.zip((tf.data.Dataset.from_tensor_slices(row), records))
 
 
 def example_reader(index: ExampleIndex) -> FileReader | RecordReader:
     """The reader of whatever the examples are stored in."""
     return FileReader(index) if index.records is None else RecordReader(index, index.records)
+
+
+def example_rows(reader: FileReader | RecordReader, example_ids: np.ndarray) -> tf.data.Dataset:
+    """The elements of `FileReader.rows` for these examples (int64 [n])."""
+    with tf.device("CPU:0"):
+        ids = tf.data.Dataset.from_tensor_slices(example_ids)
+    return reader.rows(ids.batch(_PLAN_ROWS).map(reader.look_up))
 
 
 class _RecordDataset(tf.data.Dataset):

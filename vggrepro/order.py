@@ -70,8 +70,11 @@ class WindowShuffle:
     def records(self, epochs: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
         """Runs in permuted order, one after the other: the record at each place; int64 [m]."""
         runs = self.count // SHUFFLE_RUN
-        keys = fold_in_tensor(self._key, epochs, _constant(_RUNS))
-        run = shuffled(tf.minimum(places // SHUFFLE_RUN, max(runs - 1, 0)), keys, max(runs, 1))
+        # The op walks 2^16 / count times for a small count: once a run, not once a record.
+        last = max(runs - 1, 0)
+        asked, which = tf.unique(epochs * (last + 1) + tf.minimum(places // SHUFFLE_RUN, last))
+        keys = fold_in_tensor(self._key, asked // (last + 1), _constant(_RUNS))
+        run = tf.gather(shuffled(asked % (last + 1), keys, last + 1), which)
         inside = tf.where(
             places < runs * SHUFFLE_RUN, run * SHUFFLE_RUN + places % SHUFFLE_RUN, places
         )

@@ -7,6 +7,8 @@ that trainer, checkpoints, self-test and incidents are the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -41,6 +43,9 @@ class PjrtStep(StepState):
         self._sharded = ShardedStep(config, network, devices)
         self._on_device: dict[str, Any] = {}
         self._refused: Any = None
+        # Batches that `ahead` put on the devices, by the id of their images, which are kept
+        # so that it stays theirs.
+        self._placed: dict[int, tuple[tf.Tensor, list[Any]]] = {}
         self.variables = {name: Slot(self, name, a) for name, a in state.items()}
         self._rate = self._sharded.replicated(np.array(rate_settings(config), np.float32))
         self.healthy = [True] * devices.size
@@ -48,12 +53,31 @@ class PjrtStep(StepState):
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
         """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
-        batch = self._sharded.sharded(np.asarray(images), np.asarray(labels))
+        _, batch = self._placed.pop(id(images), (images, None))
+        if batch is None:
+            batch = self._sharded.sharded(np.asarray(images), np.asarray(labels))
         self._on_device, self._refused, applied, passed, telemetry, healthy = self._sharded.program(
             self._on_device, self._refused, self._rate, *batch
         )
         self.healthy = np.asarray(healthy).tolist()
         return StepResult(bool(applied), np.asarray(passed), np.asarray(telemetry))
+
+    def ahead(self, batches: tf.data.Dataset) -> Iterator[Mapping[str, tf.Tensor]]:
+        source = iter(batches)
+
+        def fetch() -> Mapping[str, tf.Tensor] | None:
+            batch = next(source, None)
+            if batch is not None:
+                rows = (batch["images"], batch["labels"])
+                placed = self._sharded.sharded(*map(np.asarray, rows))
+                self._placed[id(batch["images"])] = (batch["images"], placed)
+            return batch
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(fetch)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(fetch)
+                yield batch
 
     def reconfigure(self, config: TrainConfig) -> None:
         super().reconfigure(config)

@@ -13,6 +13,7 @@ from diagnostics.guard import SCALAR_COLUMNS, GuardLayout
 
 _LARGEST = float(np.log2(np.finfo(np.float32).max))
 _WINDOW = 20
+ON_THE_CLOCK = ("images_per_second", "data_wait_share")  # what no replay repeats
 
 
 class StepMetrics:
@@ -72,7 +73,7 @@ class StepMetrics:
 
     def brief(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The part for metrics.jsonl; per-layer numbers are in telemetry/."""
-        names = (*SCALAR_COLUMNS, "headroom", "headroom_layer", "images_per_second")
+        names = (*SCALAR_COLUMNS, "headroom", "headroom_layer", *ON_THE_CLOCK)
         return {name: metrics[name] for name in names}
 
 

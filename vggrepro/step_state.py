@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from diagnostics.errors import InputError
 from diagnostics.guard import GuardLayout, StepResult
@@ -96,6 +97,10 @@ class StepState:
     def loop(self, batches: Sequence[tuple[Any, Any]]) -> list[StepResult]:
         """Runs a step on each (images, labels); after a refused one, every later is refused."""
         return [self(images, labels) for images, labels in batches]
+
+    def ahead(self, batches: tf.data.Dataset) -> Iterator[Mapping[str, tf.Tensor]]:
+        """The batches of a dataset, the next one on its way to the device while a step runs."""
+        return iter(batches)
 
     def evaluated_at(self) -> int:
         """After how many steps the last recorded validation took place."""

@@ -7,7 +7,7 @@ compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -77,6 +77,12 @@ class TrainStep(StepState):
             parallel_iterations=1,
         )
         return tuple(array.stack() for array in kept)
+
+    def ahead(self, batches: tf.data.Dataset) -> Iterator[Mapping[str, tf.Tensor]]:
+        device = self._rate.device
+        if not device.endswith("CPU:0"):  # where the pipeline leaves them
+            batches = batches.apply(tf.data.experimental.prefetch_to_device(device, 2))
+        return super().ahead(batches)
 
     def reconfigure(self, config: TrainConfig) -> None:
         super().reconfigure(config)

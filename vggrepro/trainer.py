@@ -251,7 +251,7 @@ class _Session:
     def _loop(self, stop: StopRequest) -> bool:
         """True when the last step is done, False when told to stop before."""
         config = self._config
-        batches = iter(self._data.training.stream(self._now))
+        batches = self._step.ahead(self._data.training.stream(self._now))
         while True:
             if not self._evaluate_if_due(stop):
                 return False

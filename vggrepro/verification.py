@@ -31,12 +31,11 @@ from vggrepro.environment import describe_environment, differences
 from vggrepro.evaluation import Evaluator
 from vggrepro.replay_adapter import VggRun
 from vggrepro.run_directory import RunDirectory
-from vggrepro.step_metrics import StepMetrics
+from vggrepro.step_metrics import ON_THE_CLOCK, StepMetrics
 from vggrepro.train_step import TrainStep
 from vggrepro.training_step import evaluator
 
 Progress = Callable[[str, int, int], None]
-_ON_THE_CLOCK = ("images_per_second",)
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class _Replay:
         self, now: int, kind: str, recorded: Mapping[str, Any], found: Mapping[str, Any]
     ) -> None:
         for name, value in recorded.items():
-            if name != "step" and name not in _ON_THE_CLOCK:
+            if name != "step" and name not in ON_THE_CLOCK:
                 self._found(number_difference(now, kind, name, value, found.get(name)))
 
     def _check_state(self, now: int, step: TrainStep) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
+from vggrepro.dataset import example_files
 from vggrepro.example_index import ExampleIndex
-from vggrepro.example_reader import example_reader, find_bad_example
+from vggrepro.example_reader import find_bad_example
 from vggrepro.preprocessing import Preprocessing
 
 
@@ -26,7 +27,7 @@ def image_sizes(index: ExampleIndex) -> np.ndarray:
     Raises:
       InputError: an image cannot be read; names the file.
     """
-    files = _contents(index, np.arange(len(index)))
+    files = example_files(index, np.arange(len(index)))
     sizes = files.map(_stored_size, num_parallel_calls=os.cpu_count() or 1, deterministic=True)
     try:
         return np.concatenate(list(sizes.batch(256).as_numpy_iterator()))
@@ -38,16 +39,6 @@ def unreadable(index: ExampleIndex, error: Exception) -> InputError:
     """Which image it was."""
     found = find_bad_example(index, range(len(index)))
     return found or InputError(f"cannot read {index.root}: {str(error).splitlines()[0][:200]}")
-
-
-def _contents(index: ExampleIndex, example_ids: np.ndarray) -> tf.data.Dataset:
-    """The bytes of the examples (scalar strings), in this order."""
-    reader = example_reader(index)
-    with tf.device("CPU:0"):
-        rows = tf.data.Dataset.from_tensor_slices(example_ids.astype(np.int64))
-    return reader.attach(rows.map(reader.look_up)).map(
-        reader.jpeg, num_parallel_calls=os.cpu_count() or 1, deterministic=True
-    )
 
 
 def _stored_size(jpeg: tf.Tensor) -> tf.Tensor:
@@ -115,7 +106,7 @@ class WholeImages:
         targets = rescaled_sizes(self.sizes, self.shorter_side)
         with tf.device("CPU:0"):
             rows = tf.data.Dataset.from_tensor_slices(targets[order])
-        files = _contents(self.index, order)
+        files = example_files(self.index, order)
         threads = os.cpu_count() or 1
         images = tf.data.Dataset.zip((files, rows)).map(
             self._image, num_parallel_calls=threads, deterministic=True
