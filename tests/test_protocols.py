@@ -382,6 +382,16 @@ def test_a_file_of_weights_is_evaluated_as_the_run_it_came_from(runs, data, nets
     assert abs(wrong["loss"] - own["loss"]) > abs(found["loss"] - own["loss"])
 
 
+def test_a_manifest_without_what_an_evaluation_needs_is_told(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    file = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["data"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="manifest.json is not whole, or of another version"):
+        net_of_run(tmp_path / "run", pytest.fail)
+
+
 def test_weights_of_unknown_preprocessing_are_refused(nets, tmp_path):
     save_file(dict(nets[0].parameters), tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="does not say what its net was trained to see"):
@@ -400,6 +410,7 @@ def test_weights_of_unknown_preprocessing_are_refused(nets, tmp_path):
         (["--weights", "w.h5"], "--weights needs --data"),
         (["RUN", "--scales", "large"], "--scales 'large' is no list of pixels"),
         (["RUN", "--scales", "10"], "scale 10 is below"),
+        (["RUN", "--scales", "2560"], "scale 2560 is more than 16 times the net's image size 32"),
         (["RUN", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["nowhere"], "nowhere is not a run directory"),
     ],

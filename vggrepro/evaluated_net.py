@@ -67,6 +67,11 @@ def net_of_run(run_dir: Path, warn: Callable[[str], None]) -> EvaluatedNet:
     step, state = checkpoint
     prefix = "params/"
     parameters = {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+    if not {"status", "data", "config_origins"} <= manifest.keys():
+        raise InputError(
+            f"{run_dir}/manifest.json is not whole, or of another version",
+            "Restore it from a copy of the run",
+        )
     form = InputForm(tuple(manifest["data"]["colours"]["mean_rgb"]))
     network = network_of(config.arch, parameters, config.image_size)
     description = {
@@ -78,6 +83,7 @@ def net_of_run(run_dir: Path, warn: Callable[[str], None]) -> EvaluatedNet:
         "config_origins": manifest["config_origins"],
         "inheritance": (manifest.get("inheritance") or {}).get("source_arch"),
         "training_images": manifest["data"]["train_images"],
+        "training_resized": manifest["data"].get("resized"),
         **_common(network, parameters, config.scale_min, config.scale_max),
     }
     return EvaluatedNet(

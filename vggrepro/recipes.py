@@ -116,6 +116,14 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def paper_recipe(arch: str, scale_min: int, scale_max: int) -> Recipe | None:
+    """The paper's run of a net and its training scale; None: it has no such run."""
+    for stage, (scales, _, _) in _STAGES.items():
+        if scales == (scale_min, scale_max):
+            return RECIPES.get(f"paper-{arch}-{stage}")
+    return None
+
+
 def recipe_entries(config: TrainConfig, name: str) -> dict[str, Any]:
     """What a run's manifest keeps of its recipe, and its fields' origins.
 

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluates and prints; 0 when done."""
     _check(options)
     from vggrepro import accelerator
-    from vggrepro.data_source import open_index
+    from vggrepro.data_source import open_index, stored_resize
     from vggrepro.dense import with_pools_rounding_up
     from vggrepro.evaluation_record import make_record, save_record
     from vggrepro.protocols import evaluate
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         index = open_index(str(_data(options, nets)), options.split)
     with ReplayProgress(quiet=options.json) as progress:
         found = evaluate(nets, scales, index, options.protocol, options.batch_size, progress)
-    found["pool_rounding"] = options.pool_rounding
+    found |= {"pool_rounding": options.pool_rounding, "stored_resize": stored_resize(index.root)}
     record = make_record(options.protocol, scales, nets, index, found)
     if options.json:
         from diagnostics.durable_files import json_text
