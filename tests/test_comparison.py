@@ -31,7 +31,9 @@ def net(arch="D", stage="jitter", **changes):
         "step": 370_000,
         "status": "finished",
         "config": values,
-        "config_origins": recipe_entries(config, f"paper-{arch}-{stage}")["config_origins"],
+        "config_origins": recipe_entries(config, f"paper-{arch}-{stage}", paper.TRAINING_IMAGES)[
+            "config_origins"
+        ],
         "inheritance": source,
         "training_images": paper.TRAINING_IMAGES,
         "arch": arch,

@@ -134,9 +134,9 @@ def _by_names(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, list[P
         if name.startswith(prefix) and part in _LAYOUT_ENDS:
             layers.setdefault(layer, {})[part] = array
     if not layers:
-        shown = ", ".join(sorted(known)[:3])
+        shown = ", ".join([*sorted(known)[:3], "..."]) if known else "it has none"
         raise InputError(
-            f"{path}: nothing known among its names ({shown}, ...)",
+            f"{path}: nothing known among its names ({shown})",
             "Expected <layer>/kernel or features.N.weight",
         )
     return "vggrepro", [_pair(path, name, layers[name]) for name in _in_order(layers)]

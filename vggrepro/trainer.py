@@ -108,7 +108,7 @@ def train(
             forecast = _forecast(config, network, data, announce, strict, inherited.parameters)
             manifest = _first_manifest(config, network, data, device, forecast)
             manifest["inheritance"] = inherited.record
-            manifest |= recipe_entries(config, recipe_name)
+            manifest |= recipe_entries(config, recipe_name, data.record["train_images"])
             run = stack.enter_context(
                 RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
             )
