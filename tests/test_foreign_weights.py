@@ -265,6 +265,18 @@ def test_rubbish_is_told_in_a_line(tmp_path, content):
         read_weights(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(("place", "value"), [(10, 99), (8, 1), (6, 92)])
+def test_an_archive_that_cannot_be_unpacked_is_told(tmp_path, place, value):
+    """Compression that nobody knows, encryption, a version to come."""
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("w/data.pkl", pickle.dumps({}, 2))
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    content[content.rindex(b"PK\x01\x02") + place] = value
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(InputError, match="is not a PyTorch checkpoint, or is damaged"):
+        read_weights(tmp_path / "w.pth")
+
+
 def test_a_cut_checkpoint_is_told(tmp_path):
     torch = pytest.importorskip("torch", reason=WITHOUT_TORCH)
     for new in (True, False):

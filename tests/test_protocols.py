@@ -18,7 +18,7 @@ from diagnostics.errors import InputError
 from vggrepro import protocols, trainer
 from vggrepro.cli import main
 from vggrepro.data_source import open_data, open_index
-from vggrepro.evaluated_net import net_of_file, net_of_run
+from vggrepro.evaluated_net import doubtful_classes, net_of_file, net_of_run
 from vggrepro.evaluation_record import PROTOCOLS
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import network_of
@@ -380,6 +380,18 @@ def test_a_file_of_weights_is_evaluated_as_the_run_it_came_from(runs, data, nets
     assert np.abs(mean - authors).max() > 1
     wrong = evaluate_json(capsys, *options, "--preprocess", "torch", "--protocol", "center")
     assert abs(wrong["loss"] - own["loss"]) > abs(found["loss"] - own["loss"])
+
+
+def test_classes_that_may_be_in_another_order_are_told(nets, index):
+    assert doubtful_classes(nets, index) == []
+    renamed = dataclasses.replace(index, class_names=("x", "y", "z"))
+    assert len(doubtful_classes(nets[:1], renamed)) == 1
+    assert "have other names than those" in doubtful_classes(nets[:1], renamed)[0]
+    network = dataclasses.replace(nets[0].network, classes=1000)
+    released = dataclasses.replace(nets[0], network=network, description={"run_dir": None})
+    assert "are not named by their WordNet ids" in doubtful_classes([released], index)[0]
+    wordnet = dataclasses.replace(index, class_names=("n01440764", "n01443537"))
+    assert doubtful_classes([released], wordnet) == []
 
 
 def test_a_manifest_without_what_an_evaluation_needs_is_told(runs, tmp_path):

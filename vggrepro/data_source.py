@@ -124,6 +124,7 @@ def open_data(
             "train_images": len(train),
             "val_images": len(validation),
             "classes": len(train.class_names),
+            "classes_sha256": train.classes_sha256,
             "colours": colours.to_dict(),
             "resized": stored_resize(root),
         },

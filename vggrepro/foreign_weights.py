@@ -200,7 +200,7 @@ def _from_h5(path: Path) -> list[Pair]:
         raise InputError(
             f"cannot read {path} as HDF5: {error.strerror or error}", _AGAIN
         ) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} holds no Keras weights: {error}") from error
     for name, arrays in layers.items():
         if len(arrays) != 2:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
             f"{path} asks for {error} to be run: it is not a plain file of weights",
             "Save only the state_dict, or convert it to safetensors",
         ) from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, *_MALFORMED) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, *_MALFORMED) as error:
         raise InputError(
             f"{path} is not a PyTorch checkpoint, or is damaged: {type(error).__name__}: {error}",
             "Get the file again",
@@ -82,7 +83,10 @@ class _Refused(Exception):
 
 
 # What a hostile or cut pickle makes of the machinery below.
-_MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, MemoryError)
+_MALFORMED = (
+    *(ValueError, TypeError, LookupError, AttributeError, EOFError, MemoryError),
+    *(ArithmeticError, RuntimeError),  # of zip: unknown compression or version, encrypted
+)
 
 
 class _Unpickler(pickle.Unpickler):

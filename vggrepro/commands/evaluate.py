@@ -29,7 +29,8 @@ _WEIGHTS_HELP = (
     "evaluate a file of weights: .h5 of Keras, .safetensors or .pth of torchvision, or ours"
 )
 _ARCH_HELP = (
-    "with --weights: its net, " + ", ".join(ARCHITECTURES) + ". Default: as its convolutions say"
+    "with --weights: its net, " + ", ".join(ARCHITECTURES) + ". Default: as its convolutions "
+    "say, which A and A-LRN share: then A"
 )
 _PREPROCESS_HELP = (
     "with --weights: what its net was trained to see; caffe: BGR minus the mean "
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     from vggrepro import accelerator
     from vggrepro.data_source import open_index, stored_resize
     from vggrepro.dense import with_pools_rounding_up
+    from vggrepro.evaluated_net import doubtful_classes
     from vggrepro.evaluation_record import make_record, save_record
     from vggrepro.protocols import evaluate
     from vggrepro.replay_progress import ReplayProgress
@@ -87,6 +89,8 @@ def run(options: argparse.Namespace) -> int:
     scales = _scales(options.scales, nets)
     with contextlib.redirect_stdout(sys.stderr):  # making synthetic images is announced
         index = open_index(str(_data(options, nets)), options.split)
+    for text in doubtful_classes(nets, index):
+        _warn(text)
     with ReplayProgress(quiet=options.json) as progress:
         found = evaluate(nets, scales, index, options.protocol, options.batch_size, progress)
     found |= {"pool_rounding": options.pool_rounding, "stored_resize": stored_resize(index.root)}
