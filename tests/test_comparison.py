@@ -121,6 +121,12 @@ def test_the_error_the_cell_and_the_interval_stand_together():
     assert "difference +1.20, outside the interval" in worse
 
 
+def test_the_paper_s_figure_on_the_test_set_is_shown_where_it_has_one():
+    shown = "\n".join(terminal_lines([compare(record([net("D"), net("E")], protocol="both"))]))
+    assert "paper: Table 6; top-5 error on the challenge's test set 6.8" in shown
+    assert "test set" not in "\n".join(terminal_lines([compare(record())]))
+
+
 def test_calibration_goes_with_the_net_on_the_paper_s_images_only():
     found = compare(record(protocol="center", scales=(256,)))
     assert {one.arch for one in found.calibration} == {"D"} and len(found.calibration) == 2

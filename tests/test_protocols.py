@@ -361,6 +361,7 @@ def test_people_see_errors_with_intervals_and_speed(runs, capsys):
     shown = capsys.readouterr().out
     assert "A: center, Q = 37; 9 images of val, 3 classes" in shown
     assert "top-1 error" in shown and "95 % interval" in shown and "images/s" in shown
+    assert "validation images also steered the learning-rate schedule" in shown
 
 
 def test_a_file_of_weights_is_evaluated_as_the_run_it_came_from(runs, data, nets, capsys, tmp_path):

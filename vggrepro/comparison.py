@@ -61,6 +61,7 @@ class Comparison:
                 "tables": [one.table for one in self.cells],
                 "top1_error": cell.top1_error,
                 "top5_error": cell.top5_error,
+                "test_top5_error": cell.test_top5_error,
             },
             "refused": list(self.refusals),
             "differences": list(self.differences),

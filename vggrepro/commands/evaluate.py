@@ -167,6 +167,7 @@ def _save(record: dict[str, Any], run_dir: Path, save: Any) -> None:
 
 def _lines(record: dict[str, Any]) -> list[str]:
     """The record for a person."""
+    from vggrepro.comparison import SCHEDULE_NOTE
     from vggrepro.interval import wilson
 
     def error(name: str) -> str:
@@ -175,6 +176,7 @@ def _lines(record: dict[str, Any]) -> list[str]:
 
     names = " + ".join(net["arch"] for net in record["nets"])
     scales = sorted({side for net in record["nets"] for side in net["scales"]})
+    note = [f"  note: {SCHEDULE_NOTE}"] if record["split"] == "val" else []
     return [
         f"{names}: {record['protocol']}, Q = {', '.join(map(str, scales))}; "
         f"{record['images']:,} images of {record['split']}, {record['classes']:,} classes",
@@ -182,4 +184,5 @@ def _lines(record: dict[str, Any]) -> list[str]:
         f"  top-5 error {error('top5_error')}",
         f"  loss        {record['loss']:.4g}",
         f"  {record['images_per_second']:.3g} images/s, {record['seconds']:.0f} s",
+        *note,
     ]
