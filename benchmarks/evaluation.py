@@ -5,7 +5,8 @@ crops that overlap. Both read, decode and rescale the same files, in turn, round
 in one process; the table shows medians, and how many times dense is faster than the 50
 crops of the same scale.
 
-Usage: python benchmarks/evaluation.py [--size demo|full] [--images N] [--rounds N]
+Usage: python benchmarks/evaluation.py                                     # a narrow net
+       python benchmarks/evaluation.py --size full --images 3 --rounds 2   # net D, 224 pixels
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.table import Table
 from vggrepro import accelerator
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import open_index
+from vggrepro.environment import describe_environment
 from vggrepro.evaluated_net import EvaluatedNet
 from vggrepro.example_index import ExampleIndex
 from vggrepro.initializers import initial_parameters
@@ -38,7 +40,7 @@ from vggrepro.whole_images import image_sizes
 
 PROTOCOLS = ("dense", "multicrop", "both")
 SHAPES = ((375, 500), (500, 375), (333, 500))  # of the JPEG files, pixels
-CLASSES = 10
+CLASSES = 3
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,24 @@ def measure(size: Size, index: ExampleIndex, rounds: int) -> dict[tuple[int, str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="demo")
-    parser.add_argument("--images", type=int, default=30, help="at least 10")
+    parser.add_argument("--images", type=int, default=30, help=f"at least {CLASSES}. Default: 30")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     size = SIZES[options.size]
     console = Console()
-    accelerator_in_use = accelerator.prepare(TrainConfig())
+    device = accelerator.prepare(TrainConfig())
+    environment = describe_environment([device])
+    hardware = environment["hardware"]
+    console.print(
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['cpu_flags']}; {device}"
+    )
+    console.print(environment["packages"])
     with tempfile.TemporaryDirectory() as place:
         index = photographs(Path(place), options.images)
         found = measure(size, index, options.rounds)
     table = Table(
-        title=f"{size.name}, {len(index)} images, {options.rounds} rounds: images/s (medians)"
+        title=f"{size.name}, float32, {len(index)} images of 375x500, 500x375, 333x500, "
+        f"{size.batch_size} views at a time, {options.rounds} rounds: images/s (medians)"
     )
     for name in ("Q", *PROTOCOLS, "dense / 50 crops"):
         table.add_column(name, justify="right")
@@ -139,7 +148,6 @@ def main() -> None:
         ratio = statistics.median(dense / crops for dense, crops in pairs)
         table.add_row(str(side), *(f"{rate:.3g}" for rate in rates), f"{ratio:.1f}")
     console.print(table)
-    console.print(f"{accelerator_in_use}; TensorFlow {tf.__version__}")
 
 
 if __name__ == "__main__":

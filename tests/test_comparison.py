@@ -22,7 +22,8 @@ from vggrepro.recipes import recipe, recipe_entries
 def net(arch="D", stage="jitter", **changes):
     """A net as the paper trained it, out of its recipe."""
     config = recipe(f"paper-{arch}-{stage}").config()
-    start = "" if arch in ("A", "A-LRN") else "/runs/A"
+    source = arch if stage != "256" else None if arch in ("A", "A-LRN") else "A"
+    start = f"/runs/{source}" if source else ""
     values = {**config.to_dict(), "init_from": start}
     described = {
         "run_dir": f"/runs/{arch}-{stage}",
@@ -30,8 +31,10 @@ def net(arch="D", stage="jitter", **changes):
         "step": 370_000,
         "status": "finished",
         "config": values,
-        "config_origins": recipe_entries(config, f"paper-{arch}-{stage}")["config_origins"],
-        "inheritance": "A" if start else None,
+        "config_origins": recipe_entries(config, f"paper-{arch}-{stage}", paper.TRAINING_IMAGES)[
+            "config_origins"
+        ],
+        "inheritance": source,
         "training_images": paper.TRAINING_IMAGES,
         "arch": arch,
         "image_size": 224,
@@ -118,6 +121,12 @@ def test_the_error_the_cell_and_the_interval_stand_together():
     assert "difference +1.20, outside the interval" in worse
 
 
+def test_the_paper_s_figure_on_the_test_set_is_shown_where_it_has_one():
+    shown = "\n".join(terminal_lines([compare(record([net("D"), net("E")], protocol="both"))]))
+    assert "paper: Table 6; top-5 error on the challenge's test set 6.8" in shown
+    assert "test set" not in "\n".join(terminal_lines([compare(record())]))
+
+
 def test_calibration_goes_with_the_net_on_the_paper_s_images_only():
     found = compare(record(protocol="center", scales=(256,)))
     assert {one.arch for one in found.calibration} == {"D"} and len(found.calibration) == 2
@@ -154,6 +163,33 @@ def test_what_differs_from_the_paper_is_told():
         assert text in told
     as_paper = compare(record([net("D", "256")], (256,))).differences
     assert len(as_paper) == 1 and as_paper[0].startswith("where the paper is silent")
+
+
+@pytest.mark.parametrize(
+    ("arch", "stage", "changes", "told"),
+    [
+        ("D", "jitter", {"inheritance": "A"}, "from a trained A, the paper: from a trained D"),
+        ("C", "384", {"inheritance": None}, "from random weights, the paper: from a trained C"),
+        ("A", "256", {"inheritance": "A-LRN"}, "a trained A-LRN, the paper: from random weights"),
+        ("E", "384", {"lr": 0.01}, "lr 0.01, the paper at this S: 0.001"),
+        ("B", "256", {"lr": 0.001}, "lr 0.001, the paper at this S: 0.01"),
+        ("D", "256", {"training_resized": {"shorter_side": 128}}, "training images stored at"),
+    ],
+)
+def test_what_the_paper_has_by_stage_is_compared_by_stage(arch, stage, changes, told):
+    one = net(arch, stage)
+    one |= {name: value for name, value in changes.items() if name != "lr"}
+    one["config"] |= {name: value for name, value in changes.items() if name == "lr"}
+    differences = compare(record([one], (256,))).differences
+    assert [told in text for text in differences].count(True) == 1
+    assert not any(told in text for text in compare(record([net(arch, stage)])).differences)
+
+
+def test_evaluated_images_that_were_stored_smaller_are_named():
+    found = compare(record(stored_resize={"shorter_side": 300}))
+    assert "evaluated images stored at shorter side 300, the paper: as they came" in (
+        found.differences
+    )
 
 
 def test_pools_that_round_up_are_named():
@@ -196,6 +232,9 @@ def test_the_command_reads_runs_and_files(tmp_path, capsys):
         ("no json", "is no evaluation"),
         ("{}", "is no evaluation"),
         ('{"schema": 2, "nets": [1], "top1_error": 1}', "has another schema than 1"),
+        ('{"schema": 1, "nets": [1], "top1_error": 1}', "is not whole (KeyError: 'split')"),
+        (json.dumps(record(images=0)), "is not whole (ZeroDivisionError"),
+        (json.dumps(record(top1_error="25")), "is not whole (TypeError"),
     ],
 )
 def test_what_is_no_evaluation_is_told(tmp_path, capsys, content, message):

@@ -15,6 +15,7 @@ from diagnostics.replay import needed_batch, telemetry_differences
 from diagnostics.snapshot import hash_arrays
 from vggrepro import inheritance, trainer
 from vggrepro.cli import main
+from vggrepro.data_source import STATISTICS_FILE
 from vggrepro.inheritance import BY_BLOCK
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import build_network
@@ -150,6 +151,21 @@ def test_a_source_that_is_none_is_told(tmp_path, place):
         (tmp_path / place).write_text("no weights")
     with pytest.raises(InputError, match=place):
         inheritance.read_source(str(tmp_path / place), pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": "nowhere"}, "nowhere"),
+        ({"arch": "A-LRN"}, "cannot inherit"),
+        ({"classes": 9}, "9"),
+    ],
+)
+def test_a_wrong_source_is_told_before_the_data_set_is_read(child, tmp_path, changes, message):
+    data = tiny_data(tmp_path)
+    with pytest.raises(InputError, match=message):
+        trainer.train(child_config(data, child, **changes), tmp_path / "run")
+    assert not (data / STATISTICS_FILE).exists()
 
 
 def test_another_program_s_run_is_no_source(tmp_path):

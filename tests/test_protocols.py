@@ -18,7 +18,7 @@ from diagnostics.errors import InputError
 from vggrepro import protocols, trainer
 from vggrepro.cli import main
 from vggrepro.data_source import open_data, open_index
-from vggrepro.evaluated_net import net_of_file, net_of_run
+from vggrepro.evaluated_net import doubtful_classes, net_of_file, net_of_run
 from vggrepro.evaluation_record import PROTOCOLS
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import network_of
@@ -361,6 +361,7 @@ def test_people_see_errors_with_intervals_and_speed(runs, capsys):
     shown = capsys.readouterr().out
     assert "A: center, Q = 37; 9 images of val, 3 classes" in shown
     assert "top-1 error" in shown and "95 % interval" in shown and "images/s" in shown
+    assert "validation images also steered the learning-rate schedule" in shown
 
 
 def test_a_file_of_weights_is_evaluated_as_the_run_it_came_from(runs, data, nets, capsys, tmp_path):
@@ -382,6 +383,28 @@ def test_a_file_of_weights_is_evaluated_as_the_run_it_came_from(runs, data, nets
     assert abs(wrong["loss"] - own["loss"]) > abs(found["loss"] - own["loss"])
 
 
+def test_classes_that_may_be_in_another_order_are_told(nets, index):
+    assert doubtful_classes(nets, index) == []
+    renamed = dataclasses.replace(index, class_names=("x", "y", "z"))
+    assert len(doubtful_classes(nets[:1], renamed)) == 1
+    assert "have other names than those" in doubtful_classes(nets[:1], renamed)[0]
+    network = dataclasses.replace(nets[0].network, classes=1000)
+    released = dataclasses.replace(nets[0], network=network, description={"run_dir": None})
+    assert "are not named by their WordNet ids" in doubtful_classes([released], index)[0]
+    wordnet = dataclasses.replace(index, class_names=("n01440764", "n01443537"))
+    assert doubtful_classes([released], wordnet) == []
+
+
+def test_a_manifest_without_what_an_evaluation_needs_is_told(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    file = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["data"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="manifest.json is not whole, or of another version"):
+        net_of_run(tmp_path / "run", pytest.fail)
+
+
 def test_weights_of_unknown_preprocessing_are_refused(nets, tmp_path):
     save_file(dict(nets[0].parameters), tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="does not say what its net was trained to see"):
@@ -400,6 +423,7 @@ def test_weights_of_unknown_preprocessing_are_refused(nets, tmp_path):
         (["--weights", "w.h5"], "--weights needs --data"),
         (["RUN", "--scales", "large"], "--scales 'large' is no list of pixels"),
         (["RUN", "--scales", "10"], "scale 10 is below"),
+        (["RUN", "--scales", "2560"], "scale 2560 is more than 16 times the net's image size 32"),
         (["RUN", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["nowhere"], "nowhere is not a run directory"),
     ],

@@ -124,16 +124,24 @@ def test_recipes_as_json(capsys):
     assert one["hours"] == pytest.approx(one["flop"] / one["flop_per_second"] / 3600)
 
 
-def manifest_of(name, **changes):
+def manifest_of(name, images=paper.TRAINING_IMAGES, **changes):
     values = {**recipe(name).values, "data": "/somewhere", **changes}
-    return recipe_entries(TrainConfig(**values), name)
+    return recipe_entries(TrainConfig(**values), name, images)
 
 
 def test_a_recipe_as_it_is_has_no_deviation():
     entries = manifest_of("paper-D-384", init_from="/runs/D-256")
     assert entries["recipe"] == {"name": "paper-D-384", "overridden": {}}
-    assert [n for n, t in entries["config_origins"].items() if t == "deviation"] == ["data"]
+    assert [n for n, t in entries["config_origins"].items() if t == "deviation"] == []
     assert manifest_of("first-users", classes=100)["recipe"]["overridden"] == {}
+
+
+def test_fewer_images_or_other_classes_are_no_data_of_the_paper():
+    start = {"init_from": "/runs/D-256"}
+    assert manifest_of("paper-D-384", **start)["config_origins"]["data"] == "paper"
+    fewer = manifest_of("paper-D-384", 150_000, **start)
+    assert fewer["config_origins"]["data"] == "deviation"
+    assert manifest_of("first-users", classes=100)["config_origins"]["data"] == "deviation"
 
 
 def test_an_overridden_field_is_a_deviation_even_if_the_paper_used_the_value_elsewhere():
@@ -152,7 +160,7 @@ def test_leaving_out_the_inheritance_is_a_deviation_and_so_is_adding_one():
 
 
 def test_no_recipe_leaves_the_origins_alone():
-    entries = recipe_entries(TrainConfig(), "")
+    entries = recipe_entries(TrainConfig(), "", 1000)
     assert entries == {"recipe": None, "config_origins": TrainConfig().origins()}
 
 

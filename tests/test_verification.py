@@ -93,6 +93,12 @@ def test_steps_that_the_run_does_not_have_are_told(run_dir, steps):
         verify(run_dir, *steps)
 
 
+def test_a_run_without_steps_is_told(copy):
+    shutil.rmtree(copy / "telemetry")
+    with pytest.raises(InputError, match="has recorded no step. Train it first"):
+        verify(copy)
+
+
 def test_a_run_that_the_guard_stopped_is_identical_to_its_refused_step(data, tmp_path):
     config = tiny_config(data, lr=0.3, warmup_steps=0, steps=20, eval_every=0)
     with pytest.raises(StoppedByGuard):

@@ -14,6 +14,7 @@ from typing import Any
 from vggrepro import paper
 from vggrepro.config import TrainConfig
 from vggrepro.interval import wilson
+from vggrepro.recipes import paper_recipe, recipe
 
 # Fields that say where and how a run was kept, not what was trained.
 _BOOKKEEPING = {
@@ -60,6 +61,7 @@ class Comparison:
                 "tables": [one.table for one in self.cells],
                 "top1_error": cell.top1_error,
                 "top5_error": cell.top5_error,
+                "test_top5_error": cell.test_top5_error,
             },
             "refused": list(self.refusals),
             "differences": list(self.differences),
@@ -85,11 +87,17 @@ def compare(record: Mapping[str, Any]) -> Comparison:
         intervals=(wilson(record["top1_error"], images), wilson(record["top5_error"], images)),
         cells=cells,
         refusals=tuple(refusals),
-        differences=tuple(
-            text for net in record["nets"] for text in _differences(net, len(record["nets"]) > 1)
-        ),
+        differences=_all_differences(record),
         calibration=calibration,
     )
+
+
+def _all_differences(record: Mapping[str, Any]) -> tuple[str, ...]:
+    several = len(record["nets"]) > 1
+    found = [text for net in record["nets"] for text in _differences(net, several)]
+    if record.get("stored_resize"):
+        found.append(f"evaluated images {_stored(record['stored_resize'])}")
+    return tuple(found)
 
 
 def title(record: Mapping[str, Any]) -> str:
@@ -187,8 +195,33 @@ def _differences(net: Mapping[str, Any], several: bool) -> list[str]:
         found.append(
             f"{net['training_images']:,} training images, the paper: {paper.TRAINING_IMAGES:,}"
         )
-    if net["arch"] not in ("A", "A-LRN") and net["inheritance"] is None:
-        found.append("from random weights, the paper: from a trained A")
+    found += _stage_differences(net)
+    if net.get("training_resized"):
+        found.append(f"training images {_stored(net['training_resized'])}")
     if silent:
         found.append("where the paper is silent or ambiguous: " + ", ".join(silent))
     return [f"{net['arch']}: {text}" for text in found] if several else found
+
+
+def _stage_differences(net: Mapping[str, Any]) -> list[str]:
+    """First weights and first learning rate, which the paper has by net and S (section 3.1)."""
+    theirs = paper_recipe(net["arch"], net["scale_min"], net["scale_max"])
+    first = theirs or recipe(f"paper-{net['arch']}-256")
+    source = recipe(first.source).config().arch if first.source else None
+    found = []
+    if net["inheritance"] != source and (theirs or net["inheritance"] is None):
+        found.append(f"{_start(net['inheritance'])}, the paper: {_start(source)}")
+    rate, tag = net["config"]["lr"], net["config_origins"]["lr"]
+    # Of the jittered stage the paper does not say it.
+    if theirs and net["scale_min"] == net["scale_max"] and tag == "paper":
+        usual = theirs.config().lr
+        found += [f"lr {rate}, the paper at this S: {usual}"] if rate != usual else []
+    return found
+
+
+def _start(source: str | None) -> str:
+    return f"from a trained {source}" if source else "from random weights"
+
+
+def _stored(resize: Mapping[str, Any]) -> str:
+    return f"stored at shorter side {resize['shorter_side']}, the paper: as they came"

@@ -85,4 +85,6 @@ def _range(pair: tuple[float, float]) -> str:
 
 def _tables(one: Comparison) -> str:
     numbers = " and ".join(str(cell.table) for cell in one.cells)
-    return f"Table{'s' if len(one.cells) > 1 else ''} {numbers}"
+    tested = [cell.test_top5_error for cell in one.cells if cell.test_top5_error is not None]
+    there = f"; top-5 error on the challenge's test set {tested[0]:.1f}" if tested else ""
+    return f"Table{'s' if len(one.cells) > 1 else ''} {numbers}{there}"

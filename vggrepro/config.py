@@ -18,6 +18,9 @@ from diagnostics.errors import InputError
 ARCHITECTURES = ("A", "A-LRN", "B", "C", "D", "E")
 INITIALIZERS = ("glorot-uniform", "glorot-normal", "he-normal", "he-uniform")
 PRECISIONS = ("float32", "bfloat16", "float16")
+RESIZE_KERNELS = ("triangle", "keyscubic")
+DECODERS = ("exact", "fast")
+MOMENTUM_FORMS = ("caffe", "pytorch")
 SHUFFLE_RUN = 64  # records read in one go; changing it changes every window order
 STRATEGIES = ("auto", "cpu", "mirrored", "multiworker", "tpu", "pjrt")
 
@@ -69,7 +72,7 @@ class TrainConfig:
     )
     resize: str = _setting(
         "triangle",
-        "resampling kernel, antialiased: triangle or keyscubic",
+        "resampling kernel, antialiased",
         silent="the paper does not name its resize filter",
     )
     decode: str = _setting(
@@ -125,9 +128,9 @@ class TrainConfig:
         _check_choice("arch", self.arch, ARCHITECTURES)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("strategy", self.strategy, STRATEGIES)
-        _check_choice("resize", self.resize, ("triangle", "keyscubic"))
-        _check_choice("decode", self.decode, ("exact", "fast"))
-        _check_choice("momentum_form", self.momentum_form, ("caffe", "pytorch"))
+        _check_choice("resize", self.resize, RESIZE_KERNELS)
+        _check_choice("decode", self.decode, DECODERS)
+        _check_choice("momentum_form", self.momentum_form, MOMENTUM_FORMS)
         parse_init(self.init)
         window_of(self.order)
         for name in (

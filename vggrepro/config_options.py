@@ -9,7 +9,15 @@ from collections.abc import Collection
 from typing import Any
 
 from diagnostics.errors import InputError
-from vggrepro.config import ARCHITECTURES, PRECISIONS, STRATEGIES, TrainConfig
+from vggrepro.config import (
+    ARCHITECTURES,
+    DECODERS,
+    MOMENTUM_FORMS,
+    PRECISIONS,
+    RESIZE_KERNELS,
+    STRATEGIES,
+    TrainConfig,
+)
 
 # The help's sections: each begins at the field that names it.
 SECTIONS = {
@@ -18,7 +26,15 @@ SECTIONS = {
     "batch_size": "optimisation",
     "eval_every": "the run",
 }
-CHOICES = {"arch": ARCHITECTURES, "precision": PRECISIONS, "strategy": STRATEGIES}
+CHOICES = {
+    "arch": ARCHITECTURES,
+    "resize": RESIZE_KERNELS,
+    "decode": DECODERS,
+    "momentum_form": MOMENTUM_FORMS,
+    "precision": PRECISIONS,
+    "strategy": STRATEGIES,
+}
+METAVARS = {"init": "INIT", "init_from": "PATH", "data": "PATH", "order": "ORDER"}
 PAPER_SCALE_RATIO = 256 / 224  # the paper's smaller S over its crop
 
 
@@ -100,8 +116,9 @@ def _add_field_option(group: argparse._ArgumentGroup, field: dataclasses.Field) 
     reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     if kind is not bool:
         choices = CHOICES.get(field.name)
-        metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-        reading = {"type": kind, "metavar": metavar.replace("STR", "TEXT")}
+        named = METAVARS.get(field.name, kind.__name__.upper())
+        metavar = "{" + ",".join(choices) + "}" if choices else named
+        reading = {"type": kind, "metavar": metavar}
     group.add_argument(
         option_name(field.name),
         dest=field.name,
@@ -124,7 +141,7 @@ def _help_text(field: dataclasses.Field) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def _scale(text: str) -> tuple[int, int]:

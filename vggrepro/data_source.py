@@ -87,11 +87,14 @@ def open_data(
         be the same.
 
     Raises:
-      InputError: the directory is not in the ILSVRC layout, a file cannot be
-        read, or the data differs from what the run was started on.
+      InputError: the directory is not in the ILSVRC layout, has other classes than the
+        configuration, a file cannot be read, or the data differs from what the run was
+        started on.
     """
     root = config.data
     train, validation = open_index(root, "train"), open_index(root, "val")
+    if config.classes not in (0, len(train.class_names)):
+        raise InputError(f"--classes {config.classes}, but {root} has {len(train.class_names)}")
     fingerprints = {"train": train.fingerprint, "val": validation.fingerprint}
     if recorded is not None and recorded["fingerprints"] != fingerprints:
         raise InputError(
@@ -121,6 +124,7 @@ def open_data(
             "train_images": len(train),
             "val_images": len(validation),
             "classes": len(train.class_names),
+            "classes_sha256": train.classes_sha256,
             "colours": colours.to_dict(),
             "resized": stored_resize(root),
         },

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 from diagnostics.errors import InputError
 from diagnostics.snapshot import hash_arrays
 from vggrepro.config import TrainConfig
+from vggrepro.example_index import ExampleIndex
 from vggrepro.foreign_weights import PREPROCESS, InputForm, read_weights
 from vggrepro.model import Network, network_of
-from vggrepro.paper import own_test_scales
+from vggrepro.paper import CLASSES, own_test_scales
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.run_directory import RunDirectory
 
+_WORDNET_ID = re.compile(r"n\d{8}")
 _RELEASED_SCALE = 256  # Q, for a crop of 224, of weights whose training scale is not known
 _PAPER_CROP = 224
 _SCALE_STEP = 32  # between the paper's three test scales, for a crop of 224
@@ -67,6 +70,11 @@ def net_of_run(run_dir: Path, warn: Callable[[str], None]) -> EvaluatedNet:
     step, state = checkpoint
     prefix = "params/"
     parameters = {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+    if not {"status", "data", "config_origins"} <= manifest.keys():
+        raise InputError(
+            f"{run_dir}/manifest.json is not whole, or of another version",
+            "Restore it from a copy of the run",
+        )
     form = InputForm(tuple(manifest["data"]["colours"]["mean_rgb"]))
     network = network_of(config.arch, parameters, config.image_size)
     description = {
@@ -78,6 +86,8 @@ def net_of_run(run_dir: Path, warn: Callable[[str], None]) -> EvaluatedNet:
         "config_origins": manifest["config_origins"],
         "inheritance": (manifest.get("inheritance") or {}).get("source_arch"),
         "training_images": manifest["data"]["train_images"],
+        "training_resized": manifest["data"].get("resized"),
+        "classes_sha256": manifest["data"].get("classes_sha256"),
         **_common(network, parameters, config.scale_min, config.scale_max),
     }
     return EvaluatedNet(
@@ -123,6 +133,25 @@ def net_of_file(file: Path, arch: str | None, preprocess: str | None) -> Evaluat
     }
     preprocessing = _preprocessing(network, form, side, side, TrainConfig())
     return EvaluatedNet(network, parameters, preprocessing, "float32", description)
+
+
+def doubtful_classes(nets: Sequence[EvaluatedNet], index: ExampleIndex) -> list[str]:
+    """Why the data may number its classes, in the order of their names, unlike the nets."""
+    found = []
+    for net in nets:
+        trained_on = net.description.get("classes_sha256")
+        if trained_on not in (None, index.classes_sha256):
+            found.append(
+                f"the classes in {index.root} have other names than those that "
+                f"{net.description['run_dir']} was trained on: are they in the same order?"
+            )
+        released = net.description["run_dir"] is None and net.network.classes == CLASSES
+        if released and not all(map(_WORDNET_ID.fullmatch, index.class_names)):
+            found.append(
+                f"the classes in {index.root} are not named by their WordNet ids (n01440764, "
+                "...), by which ImageNet's classes are in order: are they in the same order?"
+            )
+    return found
 
 
 def _common(

@@ -57,6 +57,11 @@ class ExampleIndex:
     fingerprint: str
     records: RecordTable | None = None
 
+    @property
+    def classes_sha256(self) -> str:
+        """Of the class names in order: what a net's class numbers mean."""
+        return hashlib.sha256("\n".join(self.class_names).encode()).hexdigest()
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -30,6 +30,7 @@ from vggrepro.torch_file import read_torch_file
 H5_SUFFIXES = (".h5", ".hdf5")
 TORCH_SUFFIXES = (".pth", ".pt")
 SUFFIXES = (".safetensors", *H5_SUFFIXES, *TORCH_SUFFIXES)
+_AGAIN = "Is it whole? Get the file again"
 _LAYOUT_ENDS = ("kernel", "bias")
 
 
@@ -118,7 +119,7 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no sound safetensors file: {error}") from error
+        raise InputError(f"{path} is no sound safetensors file: {error}", _AGAIN) from error
 
 
 def _by_names(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, list[Pair]]:
@@ -133,9 +134,9 @@ def _by_names(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, list[P
         if name.startswith(prefix) and part in _LAYOUT_ENDS:
             layers.setdefault(layer, {})[part] = array
     if not layers:
-        shown = ", ".join(sorted(known)[:3])
+        shown = ", ".join([*sorted(known)[:3], "..."]) if known else "it has none"
         raise InputError(
-            f"{path}: nothing known among its names ({shown}, ...)",
+            f"{path}: nothing known among its names ({shown})",
             "Expected <layer>/kernel or features.N.weight",
         )
     return "vggrepro", [_pair(path, name, layers[name]) for name in _in_order(layers)]
@@ -196,8 +197,10 @@ def _from_h5(path: Path) -> list[Pair]:
             top = file.get("model_weights", file)
             layers = _legacy_layers(top) if "layer_names" in top.attrs else _keras3_layers(top)
     except OSError as error:
-        raise InputError(f"cannot read {path} as HDF5: {error.strerror or error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"cannot read {path} as HDF5: {error.strerror or error}", _AGAIN
+        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} holds no Keras weights: {error}") from error
     for name, arrays in layers.items():
         if len(arrays) != 2:

@@ -74,7 +74,10 @@ def image_files(folder: str) -> list[tuple[str, int]]:
     """
     found = list_directory(folder)
     if not found:
-        raise InputError(f"class directory {folder} is empty", "Add images or remove it")
+        raise InputError(
+            f"class directory {folder} is empty",
+            "Add images, or remove the class from train/ and val/ alike",
+        )
     for name, is_file, _ in found:
         if not (is_file and name.lower().endswith(_SUFFIXES)):
             raise InputError(

@@ -165,15 +165,27 @@ class Inheritance:
             write_snapshot(run_dir / INHERITED, self.parameters, {})
 
 
-def inherit(config: TrainConfig, network: Network, warn: Callable[[str], None]) -> Inheritance:
-    """Reads the source that the configuration names, if it names one.
+def source_of(config: TrainConfig, warn: Callable[[str], None]) -> Source | None:
+    """Reads the source that the configuration names; None if it names none.
 
     Raises:
-      InputError: no such source, no such inheritance, or a shape differs.
+      InputError: no such source, or the net cannot inherit from it.
     """
     if not config.init_from:
-        return Inheritance({}, None, config.init)
+        return None
     source = read_source(config.init_from, warn)
+    copied_layers(source.arch, config.arch)
+    return source
+
+
+def inherit(config: TrainConfig, network: Network, source: Source | None) -> Inheritance:
+    """What a run takes over from its source.
+
+    Raises:
+      InputError: a shape differs.
+    """
+    if source is None:
+        return Inheritance({}, None, config.init)
     taken = inherited_parameters(source, network)
     initial = {**initial_parameters(network, config.init, config.seed), **taken}
     return Inheritance(taken, _record(source, taken, initial), config.init)

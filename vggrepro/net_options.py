@@ -21,21 +21,16 @@ def add_net_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--recipe", metavar="NAME", help="the net and data of a recipe, instead of the paper's"
     )
-    for name, kind, what in (
-        ("--arch", str, "the net: " + ", ".join(ARCHITECTURES) + ". Default: A"),
-        ("--width", float, "multiplier of every layer's width. Default: 1"),
-        ("--image-size", int, "side of the input in pixels. Default: 224"),
-        ("--classes", int, "number of classes. Default: 1000, or those of the data"),
-        ("--batch-size", int, f"examples of the batch. Default: {batch_size}"),
-        ("--precision", str, "compute type: " + ", ".join(PRECISIONS)),
+    types = ", ".join(PRECISIONS)
+    for name, kind, value, what in (
+        ("--arch", str, "NET", "the net: " + ", ".join(ARCHITECTURES) + ". Default: A"),
+        ("--width", float, "FLOAT", "multiplier of every layer's width. Default: 1"),
+        ("--image-size", int, "INT", "side of the input in pixels. Default: 224"),
+        ("--classes", int, "INT", "number of classes. Default: 1000, or those of the data"),
+        ("--batch-size", int, "INT", f"examples of the batch. Default: {batch_size}"),
+        ("--precision", str, "TYPE", f"compute type: {types}. Default: float32"),
     ):
-        parser.add_argument(
-            name,
-            type=kind,
-            metavar=kind.__name__.upper().replace("STR", "TEXT"),
-            default=argparse.SUPPRESS,
-            help=what,
-        )
+        parser.add_argument(name, type=kind, metavar=value, default=argparse.SUPPRESS, help=what)
 
 
 def net_config(options: argparse.Namespace, batch_size: int) -> TrainConfig:

@@ -119,7 +119,7 @@ TABLE_5 = (
     _jittered(5, "D", "both", (24.4, 7.2)),
     _jittered(5, "E", "dense", (24.8, 7.5)),
     _jittered(5, "E", "multicrop", (24.6, 7.4)),
-    _jittered(5, "E", "both", (24.4, 7.1)),
+    _jittered(5, "E", "both", (24.4, 7.1), 7.0),  # on the test set: Table 7, '1 net'
 )
 
 SEVEN_NETS = (

@@ -26,6 +26,8 @@ from vggrepro.multicrop import GRID, multicrop_log_posteriors
 from vggrepro.posteriors import PosteriorMean
 from vggrepro.whole_images import WholeImages, image_sizes, unreadable
 
+_LARGEST_SCALE = 16  # times the net's image size; the paper's largest is 2.3 times
+
 Progress = Callable[[str, int, int], None]
 Scored = Iterator[tuple[np.ndarray, np.ndarray]]  # example ids, log posteriors
 
@@ -95,6 +97,12 @@ def _check(net: EvaluatedNet, sides: Sequence[int], index: ExampleIndex) -> None
             raise InputError(
                 f"scale {side} is below the net's image size {net.network.image_size}",
                 "Give larger --scales",
+            )
+        if side > _LARGEST_SCALE * net.network.image_size:
+            raise InputError(
+                f"scale {side} is more than {_LARGEST_SCALE} times the net's image size "
+                f"{net.network.image_size}",
+                "Give smaller --scales: one such image would not fit into memory",
             )
 
 

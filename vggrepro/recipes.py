@@ -116,15 +116,29 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def recipe_entries(config: TrainConfig, name: str) -> dict[str, Any]:
+def paper_recipe(arch: str, scale_min: int, scale_max: int) -> Recipe | None:
+    """The paper's run of a net and its training scale; None: it has no such run."""
+    for stage, (scales, _, _) in _STAGES.items():
+        if scales == (scale_min, scale_max):
+            return RECIPES.get(f"paper-{arch}-{stage}")
+    return None
+
+
+def recipe_entries(config: TrainConfig, name: str, training_images: int) -> dict[str, Any]:
     """What a run's manifest keeps of its recipe, and its fields' origins.
 
-    A field that is not the recipe's is a deviation, whatever it is by itself.
+    A field that is not the recipe's is a deviation, whatever it is by itself. Data of the
+    paper's numbers of classes and training images is taken for the paper's.
     """
     overridden = recipe(name).overridden(config) if name else {}
+    whole = (config.classes, training_images) == (paper.CLASSES, paper.TRAINING_IMAGES)
     return {
         "recipe": {"name": name, "overridden": overridden} if name else None,
-        "config_origins": {**config.origins(), **dict.fromkeys(overridden, "deviation")},
+        "config_origins": {
+            **config.origins(),
+            "data": "paper" if whole else "deviation",
+            **dict.fromkeys(overridden, "deviation"),
+        },
     }
 
 

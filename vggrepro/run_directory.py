@@ -278,7 +278,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {file}: {error.strerror}", "Restore it from a copy of the run"
+        ) from error
     except ValueError as error:
         raise InputError(f"{file} is not JSON", "Restore it from a copy of the run") from error
     if not isinstance(value, dict):

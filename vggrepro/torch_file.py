@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,18 +17,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from diagnostics.errors import InputError
 
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
-    "FloatStorage": "<f4",
-    "DoubleStorage": "<f8",
-    "HalfStorage": "<f2",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
 }
+_NESTED = ("state_dict", "model")  # where training scripts keep the weights among other things
 
 
 @dataclass
@@ -49,7 +53,7 @@ class _Tensor:
 
 
 def read_torch_file(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name; one level of nesting ('state_dict') is opened.
+    """The tensors of a checkpoint by name; one level of nesting is opened (`_NESTED`).
 
     Raises:
       InputError: not such a file, damaged, or it asks for code to be run.
@@ -67,7 +71,7 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
             f"{path} asks for {error} to be run: it is not a plain file of weights",
             "Save only the state_dict, or convert it to safetensors",
         ) from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, *_MALFORMED) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, *_MALFORMED) as error:
         raise InputError(
             f"{path} is not a PyTorch checkpoint, or is damaged: {type(error).__name__}: {error}",
             "Get the file again",
@@ -79,7 +83,10 @@ class _Refused(Exception):
 
 
 # What a hostile or cut pickle makes of the machinery below.
-_MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, MemoryError)
+_MALFORMED = (
+    *(ValueError, TypeError, LookupError, AttributeError, EOFError, MemoryError),
+    *(ArithmeticError, RuntimeError),  # of zip: unknown compression or version, encrypted
+)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -97,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *rest: tensor
         if module == "torch" and name in _DTYPES:
-            return np.dtype(_DTYPES[name])
+            return _DTYPES[name]
         raise _Refused(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -156,8 +163,9 @@ def _read_stream(file: BinaryIO) -> Any:
 
 
 def _tensors(content: Any) -> dict[str, np.ndarray]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        nested = [content[name] for name in _NESTED if isinstance(content.get(name), dict)]
+        content = nested[0] if nested else content
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary of tensors")
     return {str(k): _array(value) for k, value in content.items() if isinstance(value, _Tensor)}

@@ -87,7 +87,9 @@ def train(
     device = accelerator.prepare(config)
     announce = Announcer(hooks)
     if not resume:
-        check_free(run_dir)  # before the minutes that a large data set's statistics take
+        # Both before the minutes that a large data set's statistics take.
+        check_free(run_dir)
+        source = inheritance.source_of(config, announce.warning)
     with ExitStack() as stack:
         if resume:
             run = stack.enter_context(RunDirectory.open(run_dir, True, announce.warning))
@@ -95,20 +97,18 @@ def train(
         else:
             data = open_data(config, announce.info)
         classes = len(data.class_names)
-        if config.classes not in (0, classes):
-            raise InputError(f"--classes {config.classes}, but {config.data} has {classes}")
         config = dataclasses.replace(config, classes=classes)
         network = build_network(
             config.arch, width=config.width, image_size=config.image_size, classes=classes
         )
         if not resume:
-            inherited = inheritance.inherit(config, network, announce.warning)
+            inherited = inheritance.inherit(config, network, source)
             for line in inherited.lines():
                 announce.info(line)
             forecast = _forecast(config, network, data, announce, strict, inherited.parameters)
             manifest = _first_manifest(config, network, data, device, forecast)
             manifest["inheritance"] = inherited.record
-            manifest |= recipe_entries(config, recipe_name)
+            manifest |= recipe_entries(config, recipe_name, data.record["train_images"])
             run = stack.enter_context(
                 RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
             )

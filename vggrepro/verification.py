@@ -120,6 +120,8 @@ class _Replay:
           InputError: the run has no such steps.
         """
         done = int(self._telemetry.steps[-1]) + 1 if self._telemetry.steps.size else 0
+        if not done:
+            raise InputError(f"{self._recording.name} has recorded no step", "Train it first")
         first, end = first or 0, done if end is None else end
         if not 0 <= first < end <= done:
             raise InputError(

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InputError
+
+if TYPE_CHECKING:
+    from vggrepro.comparison import Comparison
 
 DESCRIPTION = """\
 Puts every evaluation of the runs (see `vggrepro evaluate`) beside the paper's cell for the
@@ -36,17 +40,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the comparisons; 0 whatever they say."""
     from diagnostics.durable_files import json_text
-    from vggrepro.comparison import compare
     from vggrepro.comparison_text import markdown, terminal_lines
     from vggrepro.evaluation_record import read_records
 
-    records = []
+    comparisons = []
     for place in options.places:
         found = read_records(place)
         if not found:
             raise InputError(f"{place} has no evaluation", f"Make one: vggrepro evaluate {place}")
-        records += found
-    comparisons = [compare(record) for record in records]
+        comparisons += [_compared(record, place) for record in found]
     if options.json:
         made = [one.to_dict() for one in comparisons]
         print(json_text({"comparisons": made}, indent=2))
@@ -55,3 +57,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write("\n".join(terminal_lines(comparisons)) + "\n")
     return 0
+
+
+def _compared(record: dict[str, Any], place: Path) -> Comparison:
+    """The comparison of a record, which a user may have edited or an older version written."""
+    from vggrepro.comparison import compare
+
+    try:
+        return compare(record)
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise InputError(
+            f"an evaluation in {place} is not whole ({type(error).__name__}: {error})",
+            "Evaluate again",
+        ) from error

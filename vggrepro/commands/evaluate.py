@@ -29,7 +29,8 @@ _WEIGHTS_HELP = (
     "evaluate a file of weights: .h5 of Keras, .safetensors or .pth of torchvision, or ours"
 )
 _ARCH_HELP = (
-    "with --weights: its net, " + ", ".join(ARCHITECTURES) + ". Default: as its convolutions say"
+    "with --weights: its net, " + ", ".join(ARCHITECTURES) + ". Default: as its convolutions "
+    "say, which A and A-LRN share: then A"
 )
 _PREPROCESS_HELP = (
     "with --weights: what its net was trained to see; caffe: BGR minus the mean "
@@ -72,8 +73,9 @@ def run(options: argparse.Namespace) -> int:
     """Evaluates and prints; 0 when done."""
     _check(options)
     from vggrepro import accelerator
-    from vggrepro.data_source import open_index
+    from vggrepro.data_source import open_index, stored_resize
     from vggrepro.dense import with_pools_rounding_up
+    from vggrepro.evaluated_net import doubtful_classes
     from vggrepro.evaluation_record import make_record, save_record
     from vggrepro.protocols import evaluate
     from vggrepro.replay_progress import ReplayProgress
@@ -87,9 +89,11 @@ def run(options: argparse.Namespace) -> int:
     scales = _scales(options.scales, nets)
     with contextlib.redirect_stdout(sys.stderr):  # making synthetic images is announced
         index = open_index(str(_data(options, nets)), options.split)
+    for text in doubtful_classes(nets, index):
+        _warn(text)
     with ReplayProgress(quiet=options.json) as progress:
         found = evaluate(nets, scales, index, options.protocol, options.batch_size, progress)
-    found["pool_rounding"] = options.pool_rounding
+    found |= {"pool_rounding": options.pool_rounding, "stored_resize": stored_resize(index.root)}
     record = make_record(options.protocol, scales, nets, index, found)
     if options.json:
         from diagnostics.durable_files import json_text
@@ -163,6 +167,7 @@ def _save(record: dict[str, Any], run_dir: Path, save: Any) -> None:
 
 def _lines(record: dict[str, Any]) -> list[str]:
     """The record for a person."""
+    from vggrepro.comparison import SCHEDULE_NOTE
     from vggrepro.interval import wilson
 
     def error(name: str) -> str:
@@ -171,6 +176,7 @@ def _lines(record: dict[str, Any]) -> list[str]:
 
     names = " + ".join(net["arch"] for net in record["nets"])
     scales = sorted({side for net in record["nets"] for side in net["scales"]})
+    note = [f"  note: {SCHEDULE_NOTE}"] if record["split"] == "val" else []
     return [
         f"{names}: {record['protocol']}, Q = {', '.join(map(str, scales))}; "
         f"{record['images']:,} images of {record['split']}, {record['classes']:,} classes",
@@ -178,4 +184,5 @@ def _lines(record: dict[str, Any]) -> list[str]:
         f"  top-5 error {error('top5_error')}",
         f"  loss        {record['loss']:.4g}",
         f"  {record['images_per_second']:.3g} images/s, {record['seconds']:.0f} s",
+        *note,
     ]

@@ -43,21 +43,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--init",
         dest="inits",
         action="append",
-        metavar="TEXT",
+        metavar="INIT",
         help="an initialiser; may be given several times. Default: " + ", ".join(COMPARED),
     )
     add_net_options(parser, _BATCH)
-    for name, kind, what in (
-        ("--seed", int, "of the weights and the batch that are measured"),
-        ("--data", str, "measure on this data: a directory with train/ and val/, or 'synthetic'"),
+    for name, kind, value, what in (
+        ("--seed", int, "INT", "of the weights and the batch that are measured. Default: 0"),
+        ("--data", str, "PATH", "measure on a directory with train/ and val/, or 'synthetic'"),
     ):
-        parser.add_argument(
-            name,
-            type=kind,
-            metavar=kind.__name__.upper().replace("STR", "TEXT"),
-            default=argparse.SUPPRESS,
-            help=what,
-        )
+        parser.add_argument(name, type=kind, metavar=value, default=argparse.SUPPRESS, help=what)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 

@@ -8,6 +8,7 @@ from typing import Any
 from diagnostics.durable_files import json_text
 from vggrepro.recipes import RECIPES, Recipe, recipe
 
+_YOURS = ("data", "init_from")  # no field of a recipe: the command above names them
 _HEAD = ("recipe", "images", "FLOP", "hours", "at TFLOP/s")
 
 
@@ -74,5 +75,9 @@ def _description(entry: Recipe) -> list[str]:
         f"  cost      {entry.cost}",
         f"  expected  {entry.expected}",
         "",
-        *(f"  {name:<18}{value!s:<16}{origins[name]}" for name, value in config.to_dict().items()),
+        *(
+            f"  {name:<18}{value!s:<16}{origins[name]}"
+            for name, value in config.to_dict().items()
+            if name not in _YOURS
+        ),
     ]

@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "verify", help="run steps again and compare them bit for bit", description=DESCRIPTION
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run of `vggrepro train`")
     parser.add_argument(
         "--steps",
         metavar="A:B",
