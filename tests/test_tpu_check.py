@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import tensorflow as tf
 from jax_devices import eight_virtual_devices
 from small_runs import tiny_config, tiny_network
 from tensorflow.python.framework import config as tensorflow_config
 
 from diagnostics.errors import InputError
-from vggrepro import cli
+from vggrepro import cli, step_core
+from vggrepro.compiler_message import explained
 from vggrepro.config import ARCHITECTURES
-from vggrepro.tpu_compile import TpuCompiler, explained
+from vggrepro.tpu_compile import TpuCompiler
 
 SMALL = ["--width", "0.05", "--image-size", "32", "--classes", "3", "--batch-size", "16"]
 
@@ -47,31 +51,87 @@ def test_the_command_answers_in_json(compiler, capsys):
     assert answer["largest_batch"] is None and answer["flops"] > 0
 
 
-def test_a_batch_that_does_not_fit_is_an_answer(compiler):
-    """The largest batch lies between one that fits and the next, which does not."""
+@pytest.mark.parametrize(
+    ("fitting", "known", "guessed", "compilations"),
+    [
+        (88, 8, 88, 2),
+        (88, 8, 40, 6),
+        (88, 8, 400, 10),
+        (88, 200, 8, 8),
+        (8, 8, 24, 3),
+        (0, 8, 8, 1),
+    ],
+)
+def test_the_largest_batch_was_compiled_and_so_was_the_next(
+    compiler, monkeypatch, fitting, known, guessed, compilations
+):
+    """In rows a device: what fits, what was compiled before, where its memory points to."""
     config = tiny_config(batch_size=8)
-    compiler.compile = lambda config, network: Answer(config.batch_size <= 8 * 8 * 11)
-    try:
-        tried = []
-        assert compiler.largest_batch(config, tiny_network(config), tried.append) == 8 * 8 * 11
-    finally:
-        del compiler.compile
-    assert len(tried) <= 8
+    tried = {}
 
+    def answer(rows):
+        memory = {"arguments": 0, "temporaries": rows}
+        return Answer(rows, rows <= fitting, memory, hbm_available=guessed)
 
-class Answer:
-    def __init__(self, compiles):
-        self.compiles = compiles
-
-
-def test_a_message_becomes_one_line():
-    message = "RESOURCE_EXHAUSTED: ... Ran out of memory. Used 20.01G of 15.48G hbm. Exceeded"
-    assert explained(message) == "out of memory: needs 20.01G of 15.48G HBM a device"
-    message = (
-        'Error compiling\nFile "/home/me/python/vggrepro/model.py", line 7, in forward\n'
-        "No registered 'Foo' OpKernel"
+    monkeypatch.setattr(compiler, "compile", lambda config, network: answer(config.batch_size // 8))
+    largest = compiler.largest_batch(
+        config,
+        tiny_network(config),
+        answer(known),
+        lambda found: tried.update({found.rows: found.compiles}),
     )
-    assert explained(message) == "Error compiling (at vggrepro/model.py:7)"
+    assert largest == 8 * fitting
+    assert tried[fitting + 8] is False
+    assert fitting == 0 or tried[fitting]
+    assert len(tried) == compilations
+
+
+class Answer(NamedTuple):
+    rows: int
+    compiles: bool
+    hbm_bytes: dict[str, int]
+    hbm_available: int
+
+
+def test_a_step_that_does_not_compile_is_explained_by_op_and_line(compiler, monkeypatch):
+    """One op that XLA lacks, one that it has and the TPU's compiler refuses."""
+    config = tiny_config(batch_size=16)
+    network = tiny_network(config)
+
+    def correct_with(spoiler):
+        def correct(logits, labels):
+            return spoiler(logits), tf.constant(0.0)
+
+        monkeypatch.setattr(step_core, "_correct", correct)
+        return compiler.compile(config, network).problem
+
+    line = next(
+        number
+        for number, text in enumerate(Path(step_core.__file__).read_text().splitlines(), 1)
+        if "= _correct(" in text
+    )
+    place = f"at vggrepro/step_core.py:{line} in loss_and_gradients"
+    as_text = correct_with(lambda x: tf.strings.to_number(tf.strings.as_string(x[0, 0])))
+    assert as_text == f"XLA has no kernel for op AsString {place}"
+    double = correct_with(
+        lambda x: tf.cast(tf.math.abs(tf.signal.fft(tf.cast(x, tf.complex128)))[0, 0], tf.float32)
+    )
+    assert "Unexpected operand type for FFT" in double and double.endswith(f"op FFT {place}")
+
+
+def test_what_does_not_fit_is_explained_by_its_memory():
+    message = "RESOURCE_EXHAUSTED: ... Ran out of memory. Used 20.01G of 15.48G hbm. Exceeded"
+    assert explained(message, list) == "out of memory: needs 20.01G of 15.48G HBM a device"
+
+
+def test_the_place_is_the_innermost_line_of_this_project():
+    message = (
+        "Detected unsupported operations: No registered 'Foo' OpKernel\n"
+        'File "/home/me/vggrepro/vggrepro/model.py", line 7, in forward\n'
+        'File "/home/me/vggrepro/.venv/lib/site-packages/jax/core.py", line 9, in bind\n'
+    )
+    expected = "XLA has no kernel for op Foo at vggrepro/model.py:7 in forward"
+    assert explained(message, list) == expected
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v3", "v3:two", "2x2"])
