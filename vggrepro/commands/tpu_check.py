@@ -83,6 +83,7 @@ def _as_json(found: Compilation, config: TrainConfig, largest: int | None) -> di
     return {
         "topology": found.topology,
         "arch": config.arch,
+        "precision": config.precision,
         "batch_size": config.batch_size,
         "replicas": found.replicas,
         "compiles": found.compiles,
