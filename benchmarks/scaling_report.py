@@ -133,10 +133,10 @@ def _limits(plans: Sequence[Plan], rate: float) -> list[str]:
         "## Where scaling stops",
         "",
         "From v3-8 to v3-32, four times the cores. Strong: the paper's batch of 256, 8 rows a "
-        "core. Weak: batch 1024, 32 rows a core as before, which is another optimisation problem "
-        "than the paper's (learning rate and schedule would have to be found anew). A core's share of a "
-        "step is compiled for its rows, so 32 rows of v3-8 stand for 32 rows of v3-32; machines "
-        "and nets whose step was not compiled have no row.",
+        "core. Weak: batch 1024, 32 rows a core as before, which is another optimisation "
+        "problem than the paper's (learning rate and schedule would have to be found anew). "
+        "A core's share of a step is compiled for its rows, so 32 rows of v3-8 stand for 32 "
+        "rows of v3-32; machines and nets whose step was not compiled have no row.",
         "",
     ]
     rows = []

@@ -23,7 +23,7 @@ VALUES = {
     "{RECIPE}": "small-A-256",
     "{BATCH}": "32",
     "{STEPS}": "200",
-    "{STEPS + 50}": "250",
+    "{STEPS + 20}": "220",
 }
 
 

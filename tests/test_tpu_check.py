@@ -49,6 +49,20 @@ def test_the_command_answers_in_json(compiler, capsys):
     assert answer["compiles"] and answer["topology"] == "v3:2x2"
     assert answer["hbm_available"] == 16 * 2**30 > answer["hbm_bytes"]["total"] > 0
     assert answer["largest_batch"] is None and answer["flops"] > 0
+    assert answer["kernels"] == "CPU"  # of this TensorFlow
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_tensorflow_with_tpu_kernels_lowers_through_them(compiler, monkeypatch, there):
+    from vggrepro import jax_step
+
+    replaced = []
+    monkeypatch.setattr(jax_step, "has_tpu_kernels", lambda: there)
+    monkeypatch.setattr(
+        jax_step.mlir, "register_lowering", lambda *_, platform: replaced.append(platform)
+    )
+    jax_step._choose_lowering_for_tpus.__wrapped__()
+    assert replaced == ([] if there else ["tpu"])
 
 
 @pytest.mark.parametrize(
