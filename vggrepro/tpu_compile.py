@@ -8,7 +8,8 @@ gated update. Nothing runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,42 +112,50 @@ class TpuCompiler:
     ) -> int:
         """The largest global batch that fits, in steps of 8 rows a device; 0 if none does.
 
-        Goes from where the memory of `known` points, in doubling steps, until one batch fits
-        and one does not; then bisects. So the result was compiled, and so was the next
-        larger, which does not fit.
+        Bisects, and every other time tries where the memory of what fits points to. The
+        result was compiled, and so was the next larger, which does not fit.
 
         Args:
           known: a compilation of the same step.
           tried: told of every further compilation.
         """
-
-        def fits(units: int) -> bool:
-            batch = units * ROWS_STEP * self.devices.size
+        fitting = [known] if known.compiles else []
+        below, above = (known.rows // ROWS_STEP if fitting else 0), 0  # above 0: not known
+        for turn in itertools.count():
+            if above - below == 1:
+                break
+            probe = _next_units(_likely_units(fitting), below, above, turn)
+            batch = probe * ROWS_STEP * self.devices.size
             found = self.compile(dataclasses.replace(config, batch_size=batch), network)
             tried(found)
-            return found.compiles
-
-        stride, below, above = 1, 0, _likely_units(known)
-        if fits(above):
-            while fits(above + stride):
-                above, stride = above + stride, 2 * stride
-            below, above = above, above + stride
-        else:
-            while above > stride and not fits(above - stride):
-                above, stride = above - stride, 2 * stride
-            below = max(0, above - stride)
-        while above - below > 1:
-            middle = (below + above) // 2
-            below, above = (middle, above) if fits(middle) else (below, middle)
+            if found.compiles:
+                below = probe
+                fitting.append(found)
+            else:
+                above = probe
         return below * ROWS_STEP * self.devices.size
 
 
-def _likely_units(known: Compilation) -> int:
-    """How many times `ROWS_STEP` rows may fit, if temporaries grow with the rows."""
-    if not known.compiles:
+def _next_units(likely: int, below: int, above: int, turn: int) -> int:
+    """What to compile next: `below` fits, `above` does not (0: not known yet)."""
+    if not above:
+        return likely if likely > below else below + max(1, 2**turn // 2)
+    if turn % 2:
+        return (below + above) // 2
+    return min(max(likely, below + 1), above - 1)
+
+
+def _likely_units(fitting: Sequence[Compilation]) -> int:
+    """How many times `ROWS_STEP` rows may fit, on a line through the two largest that do."""
+    if not fitting:
         return 1
-    room = known.hbm_available - known.hbm_bytes["arguments"]
-    return max(1, int(known.rows * room / known.hbm_bytes["temporaries"]) // ROWS_STEP)
+    *rest, largest = sorted(fitting, key=lambda found: found.rows)
+    per_row = largest.hbm_bytes["temporaries"] / largest.rows
+    if rest and rest[-1].rows < largest.rows:
+        more = largest.hbm_bytes["total"] - rest[-1].hbm_bytes["total"]
+        per_row = more / (largest.rows - rest[-1].rows)
+    room = largest.hbm_available - largest.hbm_bytes["total"]
+    return int(largest.rows + room / max(per_row, 1.0)) // ROWS_STEP
 
 
 def _devices(topology: str) -> Any:
