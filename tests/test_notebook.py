@@ -74,6 +74,14 @@ def test_every_command_is_one_of_ours():
         parser.parse_args([*lines[-1], "--no-such-option"])
 
 
+def test_the_commands_of_the_page_on_hardware_are_ours():
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    lines = re.findall(r"^    vggrepro ([^#\n]+)", page, re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
+        build_parser().parse_args(shlex.split(line))
+
+
 def test_the_install_line_names_an_extra_that_exists():
     ((_, _, wanted),) = [line for line in commands("pip") if line[0] == "install"]
     extra = re.fullmatch(r"\./vggrepro-source\[(\w+)\]", wanted)[1]
