@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-_MEMORY = re.compile(r"Used ([\d.]+\w) of ([\d.]+\w) hbm")
+_MEMORY = re.compile(
+    r"Used (?P<needs>[\d.]+\w) of (?P<has>[\d.]+\w) hbm"  # libtpu 0.0.24
+    r"|temporaries \((?P<temporaries>[\d.]+\w)\) exceeds available HBM \((?P<room>[\d.]+\w)\)"
+)
 _KERNEL = re.compile(r"No registered '(\w+)' OpKernel")
 
 
@@ -21,7 +24,8 @@ def explained(message: str, operations: Callable[[], Iterable[Any]]) -> str:
     """
     memory = _MEMORY.search(message)
     if memory:
-        return f"out of memory: needs {memory[1]} of {memory[2]} HBM a device"
+        needs = memory["needs"] or f"{memory['temporaries']} of temporaries"
+        return f"out of memory: needs {needs}, a device offers {memory['has'] or memory['room']}"
     kernel = _KERNEL.search(message)
     if kernel:
         frames = ((file, int(line), where) for file, line, where in _FRAME.findall(message))

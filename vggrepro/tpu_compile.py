@@ -112,7 +112,8 @@ class TpuCompiler:
     ) -> int:
         """The largest global batch that fits, in steps of 8 rows a device; 0 if none does.
 
-        Bisects, and every other time tries where the memory of what fits points to. The
+        Goes where the memory of what fits points to, at most fourfold, until one batch does
+        not fit; then bisects, every other time at the place that the memory points to. The
         result was compiled, and so was the next larger, which does not fit.
 
         Args:
@@ -155,7 +156,9 @@ def _likely_units(fitting: Sequence[Compilation]) -> int:
         more = largest.hbm_bytes["total"] - rest[-1].hbm_bytes["total"]
         per_row = more / (largest.rows - rest[-1].rows)
     room = largest.hbm_available - largest.hbm_bytes["total"]
-    return int(largest.rows + room / max(per_row, 1.0)) // ROWS_STEP
+    # From some size on the compiler saves memory: a flat line would point anywhere.
+    rows = min(largest.rows + room / max(per_row, 1.0), 4.0 * largest.rows)
+    return int(rows) // ROWS_STEP
 
 
 def _devices(topology: str) -> Any:
