@@ -83,14 +83,14 @@ class Plan:
     arch: str
     batch: int
     arithmetic: float
-    memory: float  # 0 for GPUs: in their efficiency
+    memory: float | None  # None: not known; of GPUs it is part of the efficiency
     all_reduce_bytes: float
     all_reduce: float
 
     @property
     def step(self) -> float:
         """The all-reduce is not hidden behind the backward pass: a cautious reading."""
-        return max(self.arithmetic, self.memory) + self.all_reduce
+        return max(self.arithmetic, self.memory or 0.0) + self.all_reduce
 
     @property
     def steps(self) -> int:
@@ -121,33 +121,39 @@ def compiled() -> dict[str, dict[str, Any]]:
 
 
 def plans(steps: dict[str, dict[str, Any]]) -> Iterator[Plan]:
-    """Every machine, net and batch whose step was compiled, and GPUs."""
+    """Every machine, net and batch."""
     for machine in MACHINES:
         for batch in BATCHES[machine.name]:
             for arch in ARCHS:
-                cost = _cost(machine, arch, batch, steps)
-                if cost is not None:
-                    yield _plan(machine, arch, batch, *cost)
+                yield _plan(machine, arch, batch, *_cost(machine, arch, batch, steps))
 
 
 def _cost(
     machine: Machine, arch: str, batch: int, steps: dict[str, dict[str, Any]]
-) -> tuple[float, float] | None:
-    """(operations, bytes) of one device and step; None if that step was not compiled."""
+) -> tuple[float, float | None]:
+    """(operations, bytes) of one device and step; bytes are None where it was not compiled."""
+    rows = batch // machine.devices
     if not machine.topology:
         # Backward costs two forwards; an operation is a multiply or an add.
-        return 6 * NETS[arch].multiply_adds * batch / machine.devices, 0.0
-    rows = batch // machine.devices
-    for found in steps.values():
+        return 6 * NETS[arch].multiply_adds * rows, None
+    same_net = [
+        found
+        for found in steps.values()
+        if (found["arch"], found["precision"]) == (arch, "float32")
+    ]
+    for found in same_net:
         # A device's share does not depend on how many others there are.
         same_chip = found["topology"].partition(":")[0] == machine.topology.partition(":")[0]
-        same_rows = found["batch_size"] // found["replicas"] == rows
-        if same_chip and same_rows and (found["arch"], found["precision"]) == (arch, "float32"):
+        if same_chip and _rows(found) == rows:
             return found["flops"], found["bytes_accessed"]
-    return None
+    return same_net[0]["flops"] * rows / _rows(same_net[0]), None
 
 
-def _plan(machine: Machine, arch: str, batch: int, flops: float, moved: float) -> Plan:
+def _rows(found: dict[str, Any]) -> int:
+    return found["batch_size"] // found["replicas"]
+
+
+def _plan(machine: Machine, arch: str, batch: int, flops: float, moved: float | None) -> Plan:
     # A ring sends and receives each gradient (float32) twice, less a device's own share.
     ring = 2 * (machine.devices - 1) / machine.devices * 4 * NETS[arch].parameters
     return Plan(
@@ -155,7 +161,7 @@ def _plan(machine: Machine, arch: str, batch: int, flops: float, moved: float) -
         arch,
         batch,
         flops / (machine.flops * machine.efficiency),
-        moved / machine.bandwidth,
+        None if moved is None else moved / machine.bandwidth,
         ring,
         ring / (machine.link * LINK_SHARE),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scaling import Plan
 
+NOT_COMPILED = "not compiled"
 PIXEL_BYTES = 224 * 224 * 3 * 4  # of one image as it is fed
 
 HEAD = """\
@@ -78,7 +79,10 @@ def page(plans: Sequence[Plan], rate: float) -> str:
     lines += [
         "",
         "A TPU's hours are the least that these rates allow, a GPU's an expectation at the assumed "
-        "share of the peak: do not compare the two. Validation, compilation and stops come on top.",
+        "share of the peak: do not compare the two. Validation, compilation and stops come on top. "
+        "*Not compiled*: the operations are those of the same net at other rows or on another TPU, "
+        "the memory traffic is not known, and the step is too short by what it takes more than "
+        "the arithmetic.",
         "",
         "## Input, hosts, checkpoints",
         "",
@@ -96,33 +100,41 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _time_cells(plan: Plan) -> list[str]:
+    more, less = ("> ", "< ") if _memory(plan) == NOT_COMPILED else ("", "")
     return [
         plan.machine.name,
         plan.arch,
         f"{plan.batch}",
         f"{plan.batch // plan.machine.devices}",
         f"{1e3 * plan.arithmetic:.1f}",
-        f"{1e3 * plan.memory:.1f}" if plan.memory else "in the share",
+        _memory(plan),
         f"{1e3 * plan.all_reduce:.1f} ({plan.all_reduce_bytes / 1e6:,.0f})",
-        f"{1e3 * plan.step:.1f}",
-        f"{plan.images_per_second:,.0f}",
-        f"{plan.hours:.1f}",
+        f"{more}{1e3 * plan.step:.1f}",
+        f"{less}{plan.images_per_second:,.0f}",
+        f"{more}{plan.hours:.1f}",
     ]
+
+
+def _memory(plan: Plan) -> str:
+    if plan.memory is not None:
+        return f"{1e3 * plan.memory:.1f}"
+    return NOT_COMPILED if plan.machine.topology else "in the share"
 
 
 def _need_cells(plan: Plan, rate: float) -> list[str]:
     needed, there = plan.images_per_second / rate, plan.machine.vcpus / 2
+    less = "< " if _memory(plan) == NOT_COMPILED else ""
     average = plan.checkpoint_traffic / (3600 * plan.hours)
     return [
         plan.machine.name,
         plan.arch,
         f"{plan.batch}",
-        f"{needed:.1f}" if needed <= there else f"**{needed:.1f}**",
+        f"{less}{needed:.1f}" if needed <= there else f"**{less}{needed:.1f}**",
         f"{there:.0f}",
         f"{plan.machine.hosts}",
         f"{plan.checkpoint_bytes / 1e9:.2f}",
         f"{plan.checkpoint_traffic / 1e9:,.0f}",
-        f"{average / 1e6:.1f}",
+        f"{less}{average / 1e6:.1f}",
     ]
 
 
@@ -136,29 +148,35 @@ def _limits(plans: Sequence[Plan], rate: float) -> list[str]:
         "core. Weak: batch 1024, 32 rows a core as before, which is another optimisation "
         "problem than the paper's (learning rate and schedule would have to be found anew). "
         "A core's share of a step is compiled for its rows, so 32 rows of v3-8 stand for 32 "
-        "rows of v3-32; machines and nets whose step was not compiled have no row.",
+        "rows of v3-32.",
         "",
     ]
     rows = []
     for arch in dict.fromkeys(plan.arch for plan in plans):
-        base = by_case.get(("v3-8", arch, 256))
-        for kind, batch in (("strong", 256), ("weak", 1024)):
-            more = by_case.get(("v3-32", arch, batch))
-            if base and more:
-                gain = base.hours / more.hours
-                rows.append(
-                    [
-                        arch,
-                        f"{kind}, {batch}",
-                        f"{base.hours:.1f} to {more.hours:.1f}",
-                        f"{gain:.2f}",
-                        f"{gain / 4:.0%}",
-                        f"{more.all_reduce / more.step:.0%}",
-                    ]
-                )
-    columns = ("net", "scaling, batch", "hours", "times faster", "of 4", "all-reduce, of a step")
+        base = by_case["v3-8", arch, 256]
+        rows += [
+            _gain(base, by_case["v3-32", arch, batch], f"{kind}, {batch}")
+            for kind, batch in (("strong", 256), ("weak", 1024))
+        ]
+    columns = (
+        "net",
+        "scaling, batch",
+        "hours",
+        "times faster",
+        "of 4",
+        "arithmetic, memory, all-reduce, ms",
+    )
     lines += _table(columns, rows)
     return [*lines, "", *_conclusions(plans, rate)]
+
+
+def _gain(base: Plan, more: Plan, case: str) -> list[str]:
+    parts = f"{1e3 * more.arithmetic:.1f}, {_memory(more)}, {1e3 * more.all_reduce:.1f}"
+    if more.memory is None:
+        return [more.arch, case, NOT_COMPILED, "", "", parts]
+    gain = base.hours / more.hours
+    hours = f"{base.hours:.1f} to {more.hours:.1f}"
+    return [more.arch, case, hours, f"{gain:.2f}", f"{gain / 4:.0%}", parts]
 
 
 def _conclusions(plans: Sequence[Plan], rate: float) -> list[str]:
@@ -168,8 +186,8 @@ def _conclusions(plans: Sequence[Plan], rate: float) -> list[str]:
     return [
         "- The gradients are as many as the weights (0.5 GB in float32, nine tenths of them in the "
         "fully connected layers) and do not shrink with the rows of a core; neither do the passes "
-        "over weights, momentum and gradients, which are part of the memory column. At 8 rows a "
-        "core these two are what is left of the step.",
+        "over weights, momentum and gradients, which are part of the memory column. "
+        f"{_eight_rows(plans)}",
         "- Host cores at the measured rate: "
         + (f"too few for {names}." if short else "enough everywhere.")
         + f" Nearest to the limit: {heaviest.machine.name}, net {heaviest.arch}, batch "
@@ -183,6 +201,17 @@ def _conclusions(plans: Sequence[Plan], rate: float) -> list[str]:
         "- More than one host: `--strategy pjrt` takes the devices of one process, so v3-32 is "
         "arithmetic only.",
     ]
+
+
+def _eight_rows(plans: Sequence[Plan]) -> str:
+    """What the all-reduce is beside the arithmetic at the smallest number of rows."""
+    few = [plan for plan in plans if plan.batch // plan.machine.devices == 8]
+    longer = [plan.arch for plan in few if plan.all_reduce > plan.arithmetic]
+    return (
+        "At 8 rows a core the all-reduce takes longer than the arithmetic for "
+        f"{', '.join(longer) or 'no net'} and is {few[-1].all_reduce / few[-1].arithmetic:.0%} of "
+        f"it for {few[-1].arch}: there strong scaling stops."
+    )
 
 
 def compilation_table(steps: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -37,7 +37,8 @@ def test_the_table_of_compilations_is_the_one_kept():
 
 def test_every_net_on_every_machine_of_the_issue(plans):
     for arch in "ABCDE":
-        assert {("v3-8", arch, 256), ("v3-32", arch, 1024), ("8 x A100", arch, 256)} <= set(plans)
+        for machine in ("v3-8", "v3-32", "v5e-8", "8 x A100"):
+            assert (machine, arch, 256) in plans
 
 
 def test_a_gpu_step_by_hand(plans):
@@ -58,6 +59,15 @@ def test_a_tpu_step_takes_the_larger_of_arithmetic_and_memory(plans):
     # Weak scaling: the same rows a core are the same step, but for the all-reduce.
     wide = plans["v3-32", "D", 1024]
     assert wide.arithmetic == plan.arithmetic and wide.all_reduce > plan.all_reduce
+
+
+def test_a_step_that_was_not_compiled_has_the_operations_of_its_rows():
+    steps = {"v3:2x2 D float32 256": scaling.compiled()["v3:2x2 D float32 256"]}
+    v3_32 = scaling.MACHINES[1]
+    flops, moved = scaling._cost(v3_32, "D", 256, steps)
+    assert flops == steps["v3:2x2 D float32 256"]["flops"] * 8 / 32 and moved is None
+    plan = scaling._plan(v3_32, "D", 256, flops, moved)
+    assert plan.step == plan.arithmetic + plan.all_reduce
 
 
 def test_checkpoints_hold_weights_and_momentum(plans):
