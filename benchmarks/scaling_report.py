@@ -81,8 +81,8 @@ def page(plans: Sequence[Plan], rate: float) -> str:
         "A TPU's hours are the least that these rates allow, a GPU's an expectation at the assumed "
         "share of the peak: do not compare the two. Validation, compilation and stops come on top. "
         "*Not compiled*: the operations are those of the same net at other rows or on another TPU, "
-        "the memory traffic is not known, and the step is too short by what it takes more than "
-        "the arithmetic.",
+        "the memory traffic is not known, and its time beyond the arithmetic is missing from "
+        "the step.",
         "",
         "## Input, hosts, checkpoints",
         "",
@@ -100,7 +100,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _time_cells(plan: Plan) -> list[str]:
-    more, less = ("> ", "< ") if _memory(plan) == NOT_COMPILED else ("", "")
+    more, less = ("≥ ", "≤ ") if _memory(plan) == NOT_COMPILED else ("", "")
     return [
         plan.machine.name,
         plan.arch,
@@ -123,7 +123,7 @@ def _memory(plan: Plan) -> str:
 
 def _need_cells(plan: Plan, rate: float) -> list[str]:
     needed, there = plan.images_per_second / rate, plan.machine.vcpus / 2
-    less = "< " if _memory(plan) == NOT_COMPILED else ""
+    less = "≤ " if _memory(plan) == NOT_COMPILED else ""
     average = plan.checkpoint_traffic / (3600 * plan.hours)
     return [
         plan.machine.name,
