@@ -52,7 +52,7 @@ class ShardedStep:
         self.rows = config.batch_size // self.replicas
         self._names = tuple(network.parameter_shapes())
         self._optimizer = MomentumSGD.from_config(config)
-        _lower_tensorflow_for_the_cpu_on_tpus()
+        _choose_lowering_for_tpus()
         shards = jax.shard_map(
             self._replica,
             mesh=self.mesh,
@@ -94,6 +94,16 @@ class ShardedStep:
             spec((batch, side, side, 3), np.float32, _SHARDED),
             spec((batch,), np.int32, _SHARDED),
         )
+
+    def operations(self) -> list[tf.Operation]:
+        """TensorFlow's operations of loss and gradients, each with the stack that made it."""
+        side = self.network.image_size
+        parameters = [tf.TensorSpec(s) for s in self.network.parameter_shapes().values()]
+        batch = (tf.TensorSpec([self.rows, side, side, 3]), tf.TensorSpec([self.rows], tf.int32))
+        core = tf.function(self._core, autograph=False)
+        counters = (tf.TensorSpec([], tf.int32),) * 2
+        concrete = core.get_concrete_function(parameters, *batch, *counters)
+        return list(concrete.graph.get_operations())
 
     def _replica(
         self, state: dict[str, Any], refused: Any, rate: Any, images: Any, labels: Any
@@ -197,11 +207,25 @@ def _tensorflow(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _lower_tensorflow_for_the_cpu_on_tpus() -> None:
-    """TensorFlow without TPU kernels lowers for the CPU; StableHLO is the same for both.
+def _choose_lowering_for_tpus() -> None:
+    """A TensorFlow without TPU kernels lowers for the CPU; StableHLO is the same for both.
 
     `call_tf` would ask it for XLA_TPU_JIT kernels, which only tensorflow-tpu has.
     """
+    if has_tpu_kernels():
+        return
     module = sys.modules["jax.experimental.jax2tf.call_tf"]
     rule = functools.partial(module._call_tf_lowering, platform="cpu")
     mlir.register_lowering(module.call_tf_p, rule, platform="tpu")
+
+
+@functools.cache
+def has_tpu_kernels() -> bool:
+    """Whether the installed TensorFlow lowers a convolution for TPU (tensorflow-tpu does)."""
+    convolve = tf.function(lambda x: tf.nn.conv2d(x, x, 1, "SAME"), jit_compile=True)
+    lower = convolve.experimental_get_compiler_ir(tf.TensorSpec([1, 1, 1, 1]))
+    try:
+        lower(stage="hlo_serialized", platform_name="TPU")
+    except ValueError:
+        return False
+    return True

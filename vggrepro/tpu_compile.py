@@ -8,49 +8,20 @@ gated update. Nothing runs.
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diagnostics.errors import InputError
+from vggrepro.compiler_message import explained
 from vggrepro.config import TrainConfig
 from vggrepro.model import Network
+from vggrepro.tpu_topology import chip_of, describe_to_compiler
 
-GIB = 2**30
 ROWS_STEP = 8  # the batch of a core is searched in these steps: a TPU pads rows to 8
-_LARGEST_ROWS = 4096
-
-
-class Chip(NamedTuple):
-    """What one device of a topology has; Google's published figures, per device.
-
-    Attributes:
-      accelerator: prefix of the accelerator type; cores: counted in its name, per chip.
-      devices: JAX devices a chip (cores of v2 and v3; v4 and later join theirs).
-      hbm: bytes. flops: peak bfloat16 operations/s. bandwidth: HBM bytes/s.
-    """
-
-    accelerator: str
-    cores: int
-    devices: int
-    hbm: int
-    flops: float
-    bandwidth: float
-
-
-# cloud.google.com/tpu/docs, "system architecture" pages, read per device.
-CHIPS = {
-    "v2": Chip("v2", 2, 2, 8 * GIB, 22.5e12, 350e9),
-    "v3": Chip("v3", 2, 2, 16 * GIB, 61.5e12, 450e9),
-    "v4": Chip("v4", 2, 1, 32 * GIB, 275e12, 1228e9),
-    "v5e": Chip("v5litepod", 1, 1, 16 * GIB, 197e12, 819e9),
-    "v5p": Chip("v5p", 2, 1, 95 * GIB, 459e12, 2765e9),
-    "v6e": Chip("v6e", 1, 1, 32 * GIB, 918e12, 1640e9),
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +34,7 @@ class Compilation:
       hbm_bytes: arguments, outputs, aliased (outputs that reuse arguments), temporaries,
         code and total; empty if there was a problem.
       flops, bytes_accessed: of one device and step, as the compiler counts them.
+      kernels: 'TPU' where the installed TensorFlow has them, else 'CPU': its lowering.
     """
 
     topology: str
@@ -73,6 +45,7 @@ class Compilation:
     hbm_available: int
     flops: float
     bytes_accessed: float
+    kernels: str
 
     @property
     def compiles(self) -> bool:
@@ -84,7 +57,7 @@ class Compilation:
         The step takes at least the larger. Float32 convolutions count at the bfloat16
         rate: a TPU multiplies them in bfloat16 unless told otherwise.
         """
-        chip = CHIPS[_generation(self.topology)]
+        chip = chip_of(self.topology)
         return self.flops / chip.flops, self.bytes_accessed / chip.bandwidth
 
 
@@ -96,8 +69,8 @@ class TpuCompiler:
     """
 
     def __init__(self, topology: str) -> None:
-        self.topology, self._chip = topology, CHIPS[_generation(topology)]
-        self.devices = np.array(_describe(topology, self._chip)).reshape(-1)
+        self.topology, self._chip = topology, chip_of(topology)
+        self.devices = np.array(_devices(topology)).reshape(-1)
 
     def compile(self, config: TrainConfig, network: Network) -> Compilation:
         """Compiles the step of a global batch of `config.batch_size`.
@@ -105,7 +78,7 @@ class TpuCompiler:
         Raises:
           InputError: the batch does not divide over the devices.
         """
-        from vggrepro.jax_step import ShardedStep
+        from vggrepro.jax_step import ShardedStep, has_tpu_kernels
 
         replicas = self.devices.size
         if config.batch_size % replicas:
@@ -114,11 +87,14 @@ class TpuCompiler:
                 f"Give a --batch-size that is a multiple of {replicas}",
             )
         step = ShardedStep(config, network, self.devices)
-        empty = Compilation(self.topology, replicas, step.rows, None, {}, self._chip.hbm, 0.0, 0.0)
+        kernels = "TPU" if has_tpu_kernels() else "CPU"
+        empty = Compilation(
+            self.topology, replicas, step.rows, None, {}, self._chip.hbm, 0.0, 0.0, kernels
+        )
         try:
             compiled = step.program.lower(*step.abstract_arguments()).compile()
         except (RuntimeError, ValueError) as error:
-            return dataclasses.replace(empty, problem=explained(str(error)))
+            return dataclasses.replace(empty, problem=explained(str(error), step.operations))
         cost = compiled.cost_analysis()
         return dataclasses.replace(
             empty,
@@ -128,63 +104,66 @@ class TpuCompiler:
         )
 
     def largest_batch(
-        self, config: TrainConfig, network: Network, tried: Callable[[Compilation], None]
+        self,
+        config: TrainConfig,
+        network: Network,
+        known: Compilation,
+        tried: Callable[[Compilation], None],
     ) -> int:
         """The largest global batch that fits, in steps of 8 rows a device; 0 if none does.
 
-        Doubles until it does not fit, then bisects.
+        Goes where the memory of what fits points to, at most fourfold, until one batch does
+        not fit; then bisects, every other time at the place that the memory points to. The
+        result was compiled, and so was the next larger, which does not fit.
 
         Args:
-          tried: told of every compilation.
+          known: a compilation of the same step.
+          tried: told of every further compilation.
         """
-
-        def fits(units: int) -> bool:
-            batch = units * ROWS_STEP * self.devices.size
+        fitting = [known] if known.compiles else []
+        below, above = (known.rows // ROWS_STEP if fitting else 0), 0  # above 0: not known
+        for turn in itertools.count():
+            if above - below == 1:
+                break
+            probe = _next_units(_likely_units(fitting), below, above, turn)
+            batch = probe * ROWS_STEP * self.devices.size
             found = self.compile(dataclasses.replace(config, batch_size=batch), network)
             tried(found)
-            return found.compiles
-
-        below, above = 0, 1
-        while above * ROWS_STEP <= _LARGEST_ROWS and fits(above):
-            below, above = above, 2 * above
-        while above - below > 1:
-            middle = (below + above) // 2
-            below, above = (middle, above) if fits(middle) else (below, middle)
+            if found.compiles:
+                below = probe
+                fitting.append(found)
+            else:
+                above = probe
         return below * ROWS_STEP * self.devices.size
 
 
-def explained(message: str) -> str:
-    """One line of a compiler's message: memory, or the op and its source line."""
-    memory = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    if memory:
-        return f"out of memory: needs {memory[1]} of {memory[2]} HBM a device"
-    first = next((line.strip() for line in message.splitlines() if line.strip()), "no message")
-    ours = re.findall(r'File "[^"]*/((?:vggrepro|diagnostics)/[^"]+)", line (\d+)', message)
-    return f"{first} (at {ours[-1][0]}:{ours[-1][1]})" if ours else first
+def _next_units(likely: int, below: int, above: int, turn: int) -> int:
+    """What to compile next: `below` fits, `above` does not (0: not known yet)."""
+    if not above:
+        return likely if likely > below else below + max(1, 2**turn // 2)
+    if turn % 2:
+        return (below + above) // 2
+    return min(max(likely, below + 1), above - 1)
 
 
-def _generation(topology: str) -> str:
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise InputError(
-            f"unknown TPU topology {topology!r}",
-            f"Give GENERATION:SHAPE of {', '.join(CHIPS)}, for example v3:2x2 or v5e:2x4",
-        )
-    return name
+def _likely_units(fitting: Sequence[Compilation]) -> int:
+    """How many times `ROWS_STEP` rows may fit, on a line through the two largest that do."""
+    if not fitting:
+        return 1
+    *rest, largest = sorted(fitting, key=lambda found: found.rows)
+    per_row = largest.hbm_bytes["temporaries"] / largest.rows
+    if rest and rest[-1].rows < largest.rows:
+        more = largest.hbm_bytes["total"] - rest[-1].hbm_bytes["total"]
+        per_row = more / (largest.rows - rest[-1].rows)
+    room = largest.hbm_available - largest.hbm_bytes["total"]
+    # From some size on the compiler saves memory: a flat line would point anywhere.
+    rows = min(largest.rows + room / max(per_row, 1.0), 4.0 * largest.rows)
+    return int(rows) // ROWS_STEP
 
 
-def _describe(topology: str, chip: Chip) -> Any:
+def _devices(topology: str) -> Any:
     """The devices of the topology; only from here on is jax loaded."""
-    chips = int(np.prod([int(side) for side in topology.partition(":")[2].split("x")]))
-    # The compiler asks neither a metadata server nor a driver, and logs errors alone.
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{chip.cores * chips}",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_MIN_LOG_LEVEL="3",
-        TPU_STDERR_LOG_LEVEL="3",
-    )
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    describe_to_compiler(topology)
     try:
         import libtpu  # noqa: F401
         from jax.experimental import topologies

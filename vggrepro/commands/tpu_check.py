@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.durable_files import json_text
 from vggrepro.config import TrainConfig
 from vggrepro.net_options import PAPER_CLASSES, add_net_options, net_config
+from vggrepro.tpu_topology import describe_to_compiler
 
 if TYPE_CHECKING:
     from vggrepro.tpu_compile import Compilation
@@ -49,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints what the compiler says; 0 also where the step does not fit: that is an answer."""
+    describe_to_compiler(options.topology)
     from vggrepro.model import build_network
     from vggrepro.tpu_compile import TpuCompiler
 
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     largest = None
     if options.find_batch:
-        largest = compiler.largest_batch(config, network, _tell)
+        largest = compiler.largest_batch(config, network, found, _tell)
     if options.json:
         print(json_text(_as_json(found, config, largest)))
     else:
@@ -81,6 +83,7 @@ def _as_json(found: Compilation, config: TrainConfig, largest: int | None) -> di
     return {
         "topology": found.topology,
         "arch": config.arch,
+        "precision": config.precision,
         "batch_size": config.batch_size,
         "replicas": found.replicas,
         "compiles": found.compiles,
@@ -91,12 +94,15 @@ def _as_json(found: Compilation, config: TrainConfig, largest: int | None) -> di
         "bytes_accessed": found.bytes_accessed,
         "roofline_seconds": {"arithmetic": arithmetic, "memory": memory},
         "largest_batch": largest,
+        "kernels": found.kernels,
     }
 
 
 def _lines(
     found: Compilation, config: TrainConfig, largest: int | None, seconds: float
 ) -> list[str]:
+    from vggrepro.tpu_compile import ROWS_STEP
+
     head = (
         f"{found.topology}: {found.replicas} devices; VGG-{config.arch}, width {config.width:g}, "
         f"{config.image_size} pixels, {config.precision}, batch {config.batch_size} "
@@ -106,10 +112,13 @@ def _lines(
     if found.problem is not None:
         lines.append(f"does not compile: {found.problem}")
     else:
-        lines.append(f"compiles ({seconds:.0f} s)")
+        lines.append(
+            f"compiles ({seconds:.0f} s); TensorFlow lowered its part with {found.kernels} kernels"
+        )
         lines += _figures(found)
     if largest is not None:
-        lines.append(f"largest batch that fits: {largest:,}, in steps of 8 a device")
+        fits = f"largest batch that fits: {largest:,}" if largest else "no batch fits"
+        lines.append(f"{fits}, in steps of {ROWS_STEP} a device")
     return lines
 
 
