@@ -29,6 +29,7 @@ _PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 def label_findings(evidence: Evidence) -> Iterator[Finding]:
     """Labels out of range, outliers among them, targets and losses out of proportion."""
     yield from _label_range(evidence)
+    yield from _no_such_class(evidence)
     yield from _lonely_label(evidence)
     yield from _bottomless_loss(evidence)
     yield from _loss_out_of_proportion(evidence)
@@ -66,6 +67,20 @@ def _label_range(evidence: Evidence) -> Iterator[Finding]:
                 yield Finding(
                     "labels", 5.0, f"{first.op} is applied to labels as low as {number(low)}"
                 )
+
+
+def _no_such_class(evidence: Evidence) -> Iterator[Finding]:
+    """A class number was refused, where the number of classes is not known: several outputs."""
+    refused = ("data", "labels") in failed_checks(evidence)
+    arrays = label_arrays(evidence)
+    if not refused or evidence.facts.classes or not all(s.finite for s in arrays.values()):
+        return
+    spans = ", ".join(
+        f"'{name}' runs from {stats.minimum:g} to {stats.maximum:g}"
+        for name, stats in arrays.items()
+        if is_integer(stats)
+    )
+    yield Finding("labels", 7.0, f"A label names a class that its output does not have: {spans}")
 
 
 def _beyond_probability(evidence: Evidence) -> bool:
