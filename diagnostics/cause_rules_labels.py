@@ -121,7 +121,10 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
         f"Step {onset.step}, where it began, has loss {number(float(loss[row]))}, although its "
         f"outputs are at most {number(outputs)} and the labels of this batch {number(max(targets))}"
     )
-    if any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
+    weights = facts.extra.get("loss weights")
+    if weights is not None:
+        yield Finding("loss_formula", 5.0, f"{text}: it is weighted with {weights}")
+    elif any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
         yield Finding("labels", 4.0, f"{text}: labels of that step must have been far larger")
     else:
         yield Finding("loss_formula", 3.0, f"{text}: the formula blows them up")
@@ -129,14 +132,15 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
 
 def _bottomless_loss(evidence: Evidence) -> Iterator[Finding]:
     loss = scalar_column(evidence.telemetry, "loss")
-    if loss is None or _beyond_probability(evidence) or not loss.size:
+    finite = np.zeros(0) if loss is None else loss[np.isfinite(loss)]
+    if _beyond_probability(evidence) or not finite.size:
         return
-    start = max(abs(float(loss[0])), 1.0)
-    if loss[-1] < -100 * start and math.isfinite(loss[-1]):
+    start = max(abs(float(finite[0])), 1.0)
+    if finite[-1] < -100 * start:
         yield Finding(
             "loss_formula",
             8.0,
-            f"The loss falls to {number(float(loss[-1]))} and would fall for ever: it has no "
+            f"The loss falls to {number(float(finite[-1]))} and would fall for ever: it has no "
             "lower bound (a wrong sign, or a term that rewards growth)",
         )
 

@@ -20,11 +20,28 @@ def number_findings(evidence: Evidence) -> Iterator[Finding]:
     """Precision and optimizer."""
     half = half_precision(evidence)
     if half:
+        yield from _cast(evidence)
         yield from _near_the_limit(evidence)
         yield from _lost_to_zero(evidence)
     yield from _precision_replays(evidence, half)
     yield from setting_findings(evidence)
     yield from _update_stage(evidence, half)
+
+
+def _cast(evidence: Evidence) -> Iterator[Finding]:
+    """A number of a wider format that float16 cannot hold, as the -1e9 of a mask."""
+    first = evidence.first_nonfinite
+    if first is None or first.op is None or op_name(first.op) != "cast":
+        return
+    for given in first.inputs:
+        largest = max(abs(given.minimum), abs(given.maximum))
+        if not given.nonfinite and largest > LARGEST_FLOAT16:
+            yield Finding(
+                "precision",
+                5.0,
+                f"{first.op} to float16, which ends at 65504, makes infinity of "
+                f"{number(largest)}{f', at {first.source}' if first.source else ''}",
+            )
 
 
 def _near_the_limit(evidence: Evidence) -> Iterator[Finding]:

@@ -20,6 +20,8 @@ from tensorflow.core.framework import attr_value_pb2
 
 _CHAIN = {"Mul": tf.raw_ops.Mul, "Add": tf.raw_ops.Add, "AddV2": tf.raw_ops.AddV2}
 
+_BELOW_ONE, _LEAST = 1.0 - 2.0**-24, 2.0**-126
+
 
 def _logit(y: tf.Tensor) -> tf.Tensor:
     return tf.math.log(y) - tf.math.log1p(-y)
@@ -36,7 +38,6 @@ _FUSED = {
     "Sigmoid": lambda y: _logit(tf.clip_by_value(y, _LEAST, _BELOW_ONE)),
     "Elu": lambda y: _before_elu(tf.maximum(y, -_BELOW_ONE)),
 }
-_BELOW_ONE, _LEAST = 1.0 - 2.0**-24, 2.0**-126
 
 # Attribute of a graph: what was read again there, by id of the tensor, which is held with it.
 _READ_AGAIN = "_numeric_guard_read_again"

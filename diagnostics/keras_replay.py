@@ -17,6 +17,7 @@ from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
+from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import (
     Batch,
     Change,
@@ -78,7 +79,10 @@ class KerasRun:
     def recorded_failures(self) -> tuple[Check, ...]:
         if self._incident is None:
             return ()
-        return tuple(Check(**check) for check in self._incident.record["failed_checks"])
+        failed = [Check(**check) for check in self._incident.record["failed_checks"]]
+        # A replay has no limits: beside what is not finite they say nothing more.
+        limits = (RUNAWAY_LOSS, RUNAWAY_GRADIENT)
+        return tuple(c for c in failed if c.quantity not in limits) or tuple(failed)
 
     def telemetry(self) -> Telemetry:
         steps, columns, rows = FlightRecorder(self._directory / "telemetry").read()

@@ -76,7 +76,8 @@ class Recorder:
 
     Attributes:
       taps: layer outputs and losses, in order of execution.
-      loss: what `compute_loss` returned first, else the first target of a tape.
+      loss: what `compute_loss` returned first, else the first target that a tape
+        differentiated by weights; a vector where the user's own step takes one.
       on_apply: called instead of an optimizer's `apply` with (optimizer, the
         method, gradients, variables); None calls it through.
       labels_valid: bool scalars, whether class numbers are in range.
@@ -208,11 +209,13 @@ def _patch_shared() -> list[Callable[[], None]]:
 
     def overheard_gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = _local.recorder
-        if recorder is not None:
+        # The gradient of an input, as in a gradient penalty, is a part of the loss.
+        weights = recorder is not None and _of_weights(sources)
+        if recorder is not None and weights:
             recorder.enter("backward")
         result = gradient(self, target, sources, *args, **kwargs)
         if recorder is not None:
-            if recorder.loss is None:
+            if recorder.loss is None and weights:
                 recorder.note_loss(_first_tensor(target))
             pair = keras.tree.flatten(result), keras.tree.flatten(sources)
             recorder.tape_gradients.append(pair)
@@ -309,6 +312,11 @@ def _bounded(layer: Any) -> bool:
     activation = getattr(layer, "activation", None)
     built_in = getattr(activation, "__module__", "").startswith("keras.")
     return built_in and getattr(activation, "__name__", "") not in _UNBOUNDED_ACTIVATIONS
+
+
+def _of_weights(sources: Any) -> bool:
+    """Whether a variable is among what a tape differentiates by."""
+    return any(isinstance(s, (tf.Variable, keras.Variable)) for s in keras.tree.flatten(sources))
 
 
 def _first_tensor(structure: Any) -> Any:
