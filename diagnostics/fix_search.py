@@ -18,10 +18,10 @@ ANSWERS = {
     "labels": ("without_examples", "shift_labels", "target_scale"),
     "init": ("init", "init_scale"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),
-    "loss_formula": ("loss_formula", "domain"),
+    "loss_formula": ("loss_formula", "domain", "regulariser"),
     "precision": ("precision", "optimizer_epsilon"),
     "optimizer": ("optimizer_setting", "optimizer_epsilon", "learning_rate", "clip_norm"),
-    "architecture": ("domain", "init", "learning_rate", "clip_norm"),
+    "architecture": ("layer_epsilon", "domain", "init", "learning_rate", "clip_norm"),
 }
 _BARELY_ALIVE = 2.0  # times the loss of guessing: survived, but others are better advice
 _USUAL_UPDATE = 1e-3  # of the size of the weights

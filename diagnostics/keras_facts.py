@@ -45,6 +45,7 @@ def facts_of(model: Any, layer_order: list[str], batch_size: int | None) -> RunF
             "net": f"{type(model).__name__} '{model.name}'",
             **_output(model),
             **_loss_weights(model),
+            **_penalty(model),
         },
     )
 
@@ -75,6 +76,13 @@ def _loss_weights(model: Any) -> dict[str, str]:
     flat = [one for one in keras.tree.flatten(given) if isinstance(one, (int, float))]
     far = [one for one in flat if abs(one) > _LARGE_LOSS_WEIGHT]
     return {"loss weights": ", ".join(f"{one:g}" for one in flat)} if far else {}
+
+
+def _penalty(model: Any) -> dict[str, str]:
+    """The largest factor of an L2 regulariser."""
+    found = [getattr(v.regularizer, "l2", None) for v in model.trainable_variables]
+    factors = [float(one) for one in found if one is not None]
+    return {"l2 penalty": f"{max(factors):g}"} if factors else {}
 
 
 def _own_weights(layer: Any) -> list[Any]:

@@ -11,7 +11,8 @@ from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
-from diagnostics.keras_changes import candidates, changed_start, command
+from diagnostics.keras_changes import candidates, changed_start, command, epsilon_changes
+from diagnostics.keras_data_changes import DATA_CHANGES, data_command
 from diagnostics.keras_domains import domain_changes
 from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
@@ -155,11 +156,17 @@ class KerasRun:
         """Implements `diagnostics.protocol.RepairsFormulas`."""
         found = domain_changes(place, self.facts.precision != "float32")
         self._lines.update({one.label: one.line for one in found})
-        return [Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)]
+        changes = epsilon_changes(self._shared.model, place) if found else []
+        return [
+            *changes,
+            *(Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)),
+        ]
 
     def command(self, change: Change) -> str:
         if change.label in self._lines:
             return self._lines[change.label]
+        if change.kind in DATA_CHANGES:
+            return data_command(change, self._config["batch_structure"])
         return command(self._shared.model, self.facts, change)
 
     def environment(self) -> Mapping[str, Any]:

@@ -466,6 +466,14 @@ def test_a_loss_weight_out_of_proportion_is_the_loss_formula():
     assert cause.kind == "loss_formula" and "weighted with 1e+14, 1" in said(cause)
 
 
+def test_a_penalty_that_throws_the_weights_across_zero():
+    given = {"optimizer": "SGD", "learning_rate": 0.1, "extra": {"l2 penalty": "100"}}
+    cause = judge(
+        evidence(verdict="diverged", facts=facts(**given), telemetry=telemetry(runaway()))
+    )
+    assert cause.kind == "loss_formula" and "20 times themselves a step" in said(cause)
+
+
 def test_formula_that_fails_on_one_ordinary_row_is_the_formulas_fault():
     place = first("forward", "unit", "RealDiv", inputs=[(0, 1), (0.0, 4.0)], examples=(40,))
     cause = judge(
