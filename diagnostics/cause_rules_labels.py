@@ -29,6 +29,7 @@ _PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 def label_findings(evidence: Evidence) -> Iterator[Finding]:
     """Labels out of range, outliers among them, targets and losses out of proportion."""
     yield from _label_range(evidence)
+    yield from _no_such_class(evidence)
     yield from _lonely_label(evidence)
     yield from _bottomless_loss(evidence)
     yield from _loss_out_of_proportion(evidence)
@@ -66,6 +67,20 @@ def _label_range(evidence: Evidence) -> Iterator[Finding]:
                 yield Finding(
                     "labels", 5.0, f"{first.op} is applied to labels as low as {number(low)}"
                 )
+
+
+def _no_such_class(evidence: Evidence) -> Iterator[Finding]:
+    """A class number was refused, where the number of classes is not known: several outputs."""
+    refused = ("data", "labels") in failed_checks(evidence)
+    arrays = label_arrays(evidence)
+    if not refused or evidence.facts.classes or not all(s.finite for s in arrays.values()):
+        return
+    spans = ", ".join(
+        f"'{name}' runs from {stats.minimum:g} to {stats.maximum:g}"
+        for name, stats in arrays.items()
+        if is_integer(stats)
+    )
+    yield Finding("labels", 7.0, f"A label names a class that its output does not have: {spans}")
 
 
 def _beyond_probability(evidence: Evidence) -> bool:
@@ -106,7 +121,10 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
         f"Step {onset.step}, where it began, has loss {number(float(loss[row]))}, although its "
         f"outputs are at most {number(outputs)} and the labels of this batch {number(max(targets))}"
     )
-    if any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
+    weights = facts.extra.get("loss weights")
+    if weights is not None:
+        yield Finding("loss_formula", 5.0, f"{text}: it is weighted with {weights}")
+    elif any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
         yield Finding("labels", 4.0, f"{text}: labels of that step must have been far larger")
     else:
         yield Finding("loss_formula", 3.0, f"{text}: the formula blows them up")
@@ -114,14 +132,15 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
 
 def _bottomless_loss(evidence: Evidence) -> Iterator[Finding]:
     loss = scalar_column(evidence.telemetry, "loss")
-    if loss is None or _beyond_probability(evidence) or not loss.size:
+    finite = np.zeros(0) if loss is None else loss[np.isfinite(loss)]
+    if _beyond_probability(evidence) or not finite.size:
         return
-    start = max(abs(float(loss[0])), 1.0)
-    if loss[-1] < -100 * start and math.isfinite(loss[-1]):
+    start = max(abs(float(finite[0])), 1.0)
+    if finite[-1] < -100 * start:
         yield Finding(
             "loss_formula",
             8.0,
-            f"The loss falls to {number(float(loss[-1]))} and would fall for ever: it has no "
+            f"The loss falls to {number(float(finite[-1]))} and would fall for ever: it has no "
             "lower bound (a wrong sign, or a term that rewards growth)",
         )
 

@@ -20,11 +20,28 @@ def number_findings(evidence: Evidence) -> Iterator[Finding]:
     """Precision and optimizer."""
     half = half_precision(evidence)
     if half:
+        yield from _cast(evidence)
         yield from _near_the_limit(evidence)
         yield from _lost_to_zero(evidence)
     yield from _precision_replays(evidence, half)
     yield from setting_findings(evidence)
     yield from _update_stage(evidence, half)
+
+
+def _cast(evidence: Evidence) -> Iterator[Finding]:
+    """A number of a wider format that float16 cannot hold, as the -1e9 of a mask."""
+    first = evidence.first_nonfinite
+    if first is None or first.op is None or op_name(first.op) != "cast":
+        return
+    for given in first.inputs:
+        largest = max(abs(given.minimum), abs(given.maximum))
+        if not given.nonfinite and largest > LARGEST_FLOAT16:
+            yield Finding(
+                "precision",
+                5.0,
+                f"{first.op} to float16, which ends at 65504, makes infinity of "
+                f"{number(largest)}{f', at {first.source}' if first.source else ''}",
+            )
 
 
 def _near_the_limit(evidence: Evidence) -> Iterator[Finding]:
@@ -85,6 +102,7 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
         value = _extra_number(evidence, name)
         if value is not None and not 0 <= value < 1:
             yield Finding("optimizer", 5.0, f"{name} is {value:g}, it must lie in [0, 1)")
+    yield from _penalty(evidence)
     decay = facts.weight_decay * (facts.learning_rate or 0.0)
     if decay > 1 or facts.weight_decay < 0:
         # Beyond 2 the weights change sign and grow at every step, whatever the gradient.
@@ -93,6 +111,21 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
             8.0 if decay > 2 or facts.weight_decay < 0 else 4.0,
             f"Weight decay {facts.weight_decay:g} with learning rate {facts.learning_rate:g} "
             f"changes the weights by {number(decay)} times themselves a step",
+        )
+
+
+def _penalty(evidence: Evidence) -> Iterator[Finding]:
+    """An L2 penalty whose gradient alone throws the weights across zero."""
+    facts, factor = evidence.facts, _extra_number(evidence, "l2 penalty")
+    if factor is None or "sgd" not in facts.optimizer.lower():
+        return
+    moved = 2.0 * factor * (facts.learning_rate or 0.0)
+    if moved > 1:
+        yield Finding(
+            "loss_formula",
+            8.0 if moved > 2 else 4.0,
+            f"The L2 penalty {factor:g} with learning rate {facts.learning_rate:g} changes the "
+            f"weights by {number(moved)} times themselves a step",
         )
 
 

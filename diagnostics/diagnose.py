@@ -15,7 +15,7 @@ from diagnostics.counterfactual import Matrix, Plan
 from diagnostics.diagnosis import Cause, Diagnosis, FirstNonfinite, Onset
 from diagnostics.errors import NothingToDiagnose
 from diagnostics.examine import Progress, no_progress
-from diagnostics.fix_search import Fixes, plan_replays, search_fixes
+from diagnostics.fix_search import Fixes, livelier_rates, plan_replays, search_fixes
 from diagnostics.onset import find_onset
 from diagnostics.protocol import (
     Batch,
@@ -46,6 +46,8 @@ from diagnostics.trace import locate
 DEFAULT_BUDGET = 180.0  # seconds for all counterfactuals together
 _STALL_STEPS = 400  # that a fix may take to begin to learn
 _LEAST_STEPS = 30
+# Kinds of change that may set a stalled run in motion.
+_WAKING = ("init", "init_scale", "input_scale", "constant_rate", "optimizer_setting")
 
 
 def diagnose(
@@ -260,10 +262,10 @@ class _Session:
             changes += self._run.formula_changes(place)
         rate = self._run.facts.learning_rate
         if evidence.verdict == "stalled":
-            changes = [c for c in changes if c.kind in ("init", "init_scale", "input_scale")]
-            if rate:
-                label = f"learning rate {rate * 10:g}"
-                changes.append(Change("learning_rate", rate * 10, label, rank=3))
+            changes = [c for c in changes if c.kind in _WAKING]
+            for larger in livelier_rates(rate or 0.0, evidence.telemetry, self._run.facts):
+                label = f"learning rate {larger:g}"
+                changes.append(Change("learning_rate", larger, label, rank=3))
         return changes
 
     def _diagnosis(self, evidence: Evidence, fixes: Fixes) -> Diagnosis:

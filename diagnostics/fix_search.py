@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from diagnostics.counterfactual import CONTROL, CUT_SHORT, MARGIN, Matrix, Plan
 from diagnostics.diagnosis import Cause, Counterfactual, Onset, Recommendation
-from diagnostics.protocol import Change, ReplayableRun
+from diagnostics.protocol import Change, ReplayableRun, RunFacts, Telemetry
 from diagnostics.replay import nearest_state
+from diagnostics.stall import IDLE_UPDATE, stall_signals
 
 # Causes and the kinds of change that answer them, best first.
 ANSWERS = {
@@ -17,12 +18,13 @@ ANSWERS = {
     "labels": ("without_examples", "shift_labels", "target_scale"),
     "init": ("init", "init_scale"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),
-    "loss_formula": ("loss_formula", "domain"),
+    "loss_formula": ("loss_formula", "domain", "regulariser"),
     "precision": ("precision", "optimizer_epsilon"),
     "optimizer": ("optimizer_setting", "optimizer_epsilon", "learning_rate", "clip_norm"),
-    "architecture": ("domain", "init", "learning_rate", "clip_norm"),
+    "architecture": ("layer_epsilon", "domain", "init", "learning_rate", "clip_norm"),
 }
 _BARELY_ALIVE = 2.0  # times the loss of guessing: survived, but others are better advice
+_USUAL_UPDATE = 1e-3  # of the size of the weights
 _USUAL_MARGIN = 8  # steps beyond the failing one, or as many again as it took
 
 
@@ -55,6 +57,19 @@ def plan_replays(
         origin = nearest_state(run, min(before, step))[0]
     margin = min(max(_USUAL_MARGIN, step), affordable_steps - (step + 1 - origin))
     return Plan(origin, step + 1 + max(MARGIN, int(margin)))
+
+
+def livelier_rates(rate: float, telemetry: Telemetry, facts: RunFacts) -> list[float]:
+    """Larger rates that may set a stalled run in motion: ten times, and what moves weights usually.
+
+    Args:
+      rate: the one it ran with; with 0 there is nothing to multiply.
+    """
+    found = [10.0 * rate] if rate > 0 else []
+    moved = stall_signals(telemetry, facts).update_ratio
+    if found and moved and moved < IDLE_UPDATE:
+        found.append(rate * _USUAL_UPDATE / moved)
+    return [float(f"{value:.2g}") for value in found]
 
 
 def search_fixes(

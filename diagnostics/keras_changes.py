@@ -9,13 +9,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagnostics.keras_data_changes import DATA_CHANGES, data_changes, data_command
+from diagnostics.diagnosis import FirstNonfinite
+from diagnostics.keras_data_changes import data_changes
 from diagnostics.keras_names import LayerNames
 from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
+from diagnostics.signals import RECURRENT
 
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
-EPSILON = 1e-7
+EPSILON, LAYER_EPSILON = 1e-7, 1e-3
 # Losses that take probabilities and can be told to take logits.
 _FROM_PROBABILITIES = ("categorical_crossentropy", "binary_crossentropy")
 
@@ -67,6 +69,8 @@ def _setting_changes(model: Any) -> list[Change]:
     if isinstance(decay, (int, float)) and decay:
         change = Change("optimizer_setting", ("weight_decay", None), "no weight decay", rank=1)
         found.append(change)
+    if any(v.regularizer is not None for v in model.trainable_variables):
+        found.append(Change("regulariser", None, "no penalty on weights", rank=3))
     return found
 
 
@@ -120,6 +124,18 @@ def _formula_changes(model: Any, failed: Sequence[Check]) -> list[Change]:
         return []
     label = f"predictions kept between {EPSILON:g} and 1 - {EPSILON:g}"
     return [Change("loss_formula", CLIP_PREDICTIONS, label, rank=1)]
+
+
+def epsilon_changes(model: Any, place: FirstNonfinite) -> list[Change]:
+    """A larger epsilon of the layer at fault, where it is one of Keras' own that has one."""
+    names = LayerNames(model)
+    layer = next((one for one in names.layers() if names.label(one) == place.layer), None)
+    epsilon = getattr(layer, "epsilon", None)
+    built_in = type(layer).__module__.startswith("keras.")
+    if not built_in or not isinstance(epsilon, (int, float)) or epsilon >= LAYER_EPSILON:
+        return []
+    label = f"epsilon {LAYER_EPSILON:g} of {place.layer}"
+    return [Change("layer_epsilon", (place.layer, LAYER_EPSILON), label, rank=1)]
 
 
 def _can_take_logits(loss: Any) -> bool:
@@ -189,32 +205,36 @@ def _other_recurrence(old: np.ndarray, change: Change) -> np.ndarray:
 
 
 def command(model: Any, facts: RunFacts, change: Change) -> str:
-    """The change as a line of the user's program."""
+    """The change as a line of the user's program; changes of data have their own."""
     value = change.value
-    if change.kind in DATA_CHANGES:
-        return data_command(change)
     if change.kind == "optimizer_setting":
-        return f"optimizer = {optimizer_code(model, **dict([value]))}"
+        return f"optimizer = {optimizer_code(model, facts, **dict([value]))}"
     if change.kind == "constant_rate":
-        return f"optimizer = {optimizer_code(model, learning_rate=value)}"
+        return f"optimizer = {optimizer_code(model, facts, learning_rate=value)}"
     if change.kind == "learning_rate":
-        return f"optimizer = {optimizer_code(model, learning_rate=value)}"
+        return f"optimizer = {optimizer_code(model, facts, learning_rate=value)}"
     if change.kind == "clip_norm":
-        return f"optimizer = {optimizer_code(model, global_clipnorm=value)}"
+        return f"optimizer = {optimizer_code(model, facts, global_clipnorm=value)}"
     if change.kind == "optimizer_epsilon":
-        return f"optimizer = {optimizer_code(model, epsilon=value)}"
+        return f"optimizer = {optimizer_code(model, facts, epsilon=value)}"
     if change.kind == "warmup":
         rate = facts.learning_rate or 0.0
         return (
             f"learning_rate = keras.optimizers.schedules.CosineDecay({rate / value:.6g}, 1, "
             f"alpha=1.0, warmup_target={rate:g}, warmup_steps={value})"
         )
+    if change.kind == "regulariser":
+        return "kernel_regularizer=None  # and no other regulariser"
+    if change.kind == "layer_epsilon":
+        return f"epsilon={value[1]:g}  # of the layer {value[0]}"
     if change.kind == "precision":
         return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
     if change.kind == "init":
         layers = [layer.name for layer in facts.layers if layer.weight]
         shown = ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")
-        return f'kernel_initializer="{value}"  # of the layers {shown}'
+        recurrent = any(word in layer.kind for layer in facts.layers for word in RECURRENT)
+        also = ', recurrent_initializer="orthogonal"' if recurrent else ""
+        return f'kernel_initializer="{value}"{also}  # of the layers {shown}'
     if change.kind == "init_scale":
         return (
             f"for v in model.trainable_variables: v.assign({value:g} * v if v.name == 'kernel' "
@@ -227,8 +247,11 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
     return ""
 
 
-def optimizer_code(model: Any, **changes: Any) -> str:
-    """The optimizer as Python, with some arguments changed; defaults are left out."""
+def optimizer_code(model: Any, facts: RunFacts, **changes: Any) -> str:
+    """The optimizer as Python, with some arguments changed; defaults are left out.
+
+    The rate is the run's: the model's own may be that of a replay.
+    """
     optimizer = inner_optimizer(model)
     try:
         defaults = type(optimizer)().get_config()
@@ -238,9 +261,13 @@ def optimizer_code(model: Any, **changes: Any) -> str:
     given: Mapping[str, Any] = {
         key: value
         for key, value in config.items()
-        if key != "name" and value != defaults.get(key) and not isinstance(value, dict)
+        if key not in ("name", "learning_rate")
+        and value != defaults.get(key)
+        and not isinstance(value, dict)
     }
     rate = {"learning_rate": config["learning_rate"]} if "learning_rate" in config else {}
+    if rate_variable_of(optimizer) is not None and facts.learning_rate is not None:
+        rate["learning_rate"] = float(f"{facts.learning_rate:.6g}")
     merged = {**rate, **given, **changes}
     inside = ", ".join(f"{key}={_shown(value)}" for key, value in merged.items())
     module = "keras.optimizers." if type(optimizer).__module__.startswith("keras.") else ""

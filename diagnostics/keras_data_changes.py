@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from diagnostics.errors import InputError
@@ -95,15 +97,30 @@ def _without(batch: Batch, change: Change) -> Batch:
     }
 
 
-def data_command(change: Change) -> str:
-    """The change as a line of the user's program."""
+def data_command(change: Change, structure: Any) -> str:
+    """The change as a line of the user's program.
+
+    Args:
+      structure: of a batch, as `keras_batches.flatten_batch` gives it.
+    """
     value = change.value
     if change.kind == "without_examples":
-        rows = list(value)
-        return f"x, y = np.delete(x, {rows}, axis=0), np.delete(y, {rows}, axis=0)"
+        parts = structure.get("tuple", []) if isinstance(structure, dict) else []
+        named = zip(("x", "y", "sample_weight"), parts or [structure], strict=False)
+        lines = {name: _deleted(name, part, list(value)) for name, part in named if part}
+        return f"{', '.join(lines)} = {', '.join(lines.values())}"
     if change.kind == "finite_inputs":
         return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
     if change.kind == "shift_labels":
         return "y = y - 1  # before fit"
     name = "x" if change.kind == "input_scale" else "y"
     return f"{name} = {name} / {1.0 / value:.6g}  # before fit"
+
+
+def _deleted(name: str, part: Any, rows: list[int]) -> str:
+    """An argument of `fit` without some rows."""
+    if "dict" in part:
+        return f"{{k: np.delete(a, {rows}, axis=0) for k, a in {name}.items()}}"
+    if "array" in part:
+        return f"np.delete({name}, {rows}, axis=0)"
+    return f"[np.delete(a, {rows}, axis=0) for a in {name}]"

@@ -68,6 +68,10 @@ def _no_overflow(x: tf.Tensor) -> tf.Tensor:
     return tf.minimum(x, tf.constant(largest, x.dtype))
 
 
+def _finite_below(x: tf.Tensor) -> tf.Tensor:
+    return tf.maximum(x, tf.constant(x.dtype.min, x.dtype))
+
+
 def _neither_overflow(x: tf.Tensor) -> tf.Tensor:
     return -_no_overflow(-_no_overflow(x))
 
@@ -101,6 +105,9 @@ _REPAIRS = {
     ),
     "Cosh": _Repair(
         0, _neither_overflow, "cosh within 80", "tf.cosh(tf.clip_by_value(x, -80.0, 80.0))"
+    ),
+    "Softmax": _Repair(
+        0, _finite_below, "a softmax of finite numbers", "tf.nn.softmax(tf.maximum(x, x.dtype.min))"
     ),
     "Acos": _Repair(0, _within_one, "angles of numbers inside (-1, 1)", f"tf.acos({_INSIDE})"),
     "Asin": _Repair(0, _within_one, "angles of numbers inside (-1, 1)", f"tf.asin({_INSIDE})"),

@@ -14,6 +14,7 @@ from diagnostics.protocol import LayerFacts, RunFacts
 _KINDS = {"Dense": "dense", "Conv1D": "conv", "Conv2D": "conv", "Conv3D": "conv"}
 _SPARSE = ("SparseCategoricalCrossentropy", "sparse_categorical_crossentropy")
 _CATEGORICAL = ("CategoricalCrossentropy", "categorical_crossentropy", *_SPARSE)
+_LARGE_LOSS_WEIGHT = 100.0
 _BINARY = ("BinaryCrossentropy", "binary_crossentropy")
 
 
@@ -40,7 +41,12 @@ def facts_of(model: Any, layer_order: list[str], batch_size: int | None) -> RunF
         classes=classes,
         chance_loss=math.log(classes) if classes else None,
         batch_size=batch_size,
-        extra={"net": f"{type(model).__name__} '{model.name}'", **_output(model)},
+        extra={
+            "net": f"{type(model).__name__} '{model.name}'",
+            **_output(model),
+            **_loss_weights(model),
+            **_penalty(model),
+        },
     )
 
 
@@ -61,6 +67,22 @@ def _output(model: Any) -> dict[str, str]:
     if len(made_by) != 1 or made_by[0] is None:
         return {}
     return {"output layer": LayerNames(model).label(made_by[0].operation)}
+
+
+def _loss_weights(model: Any) -> dict[str, str]:
+    """As compiled, where one of them is no ordinary number."""
+    compiled = getattr(model, "_compile_loss", None)
+    given = getattr(compiled, "_user_loss_weights", None)
+    flat = [one for one in keras.tree.flatten(given) if isinstance(one, (int, float))]
+    far = [one for one in flat if abs(one) > _LARGE_LOSS_WEIGHT]
+    return {"loss weights": ", ".join(f"{one:g}" for one in flat)} if far else {}
+
+
+def _penalty(model: Any) -> dict[str, str]:
+    """The largest factor of an L2 regulariser."""
+    found = [getattr(v.regularizer, "l2", None) for v in model.trainable_variables]
+    factors = [float(one) for one in found if one is not None]
+    return {"l2 penalty": f"{max(factors):g}"} if factors else {}
 
 
 def _own_weights(layer: Any) -> list[Any]:

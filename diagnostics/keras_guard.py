@@ -38,9 +38,9 @@ from diagnostics.keras_step import (
     guarded_function,
     read_outcome,
 )
-from diagnostics.protocol import StepOutcome, Telemetry
+from diagnostics.protocol import Batch, StepOutcome, Telemetry
 from diagnostics.snapshot import write_snapshot
-from diagnostics.stall import detect_stall
+from diagnostics.stall import detect_divergence, detect_stall
 
 if TYPE_CHECKING:
     from diagnostics.keras_diagnosis import SavableDiagnosis
@@ -62,7 +62,7 @@ class NumericGuard(keras.callbacks.Callback):
       run_dir: for telemetry and incident. An earlier guard's run there is replaced;
         one with an incident is moved to `<run_dir>.1`.
       stop_on_divergence: also stop where the loss or the gradient runs away while
-        still finite, and say at the end if the run never learnt.
+        still finite, and say at the end if the run never learnt or ended badly.
 
     Attributes:
       incident: directory of the refused step, or None.
@@ -188,7 +188,10 @@ class NumericGuard(keras.callbacks.Callback):
                 following.add(step, next(iterator))
             except (StopIteration, tf.errors.OutOfRangeError):
                 break
-        kept = {**self._batches.arrays(), **following.arrays()}
+        self._write_batches(following.arrays())
+
+    def _write_batches(self, following: Batch | None = None) -> None:
+        kept = {**self._batches.arrays(), **(following or {})}
         if kept:
             write_snapshot(self.run_dir / "batches", kept, {"step": self.step})
 
@@ -242,9 +245,13 @@ class NumericGuard(keras.callbacks.Callback):
         self.model.train_function = self._plain
         self._record.flush()
         if self.stop_on_divergence and self.incident is None and self._columns:
-            stall = detect_stall(self.telemetry(), self.facts)
-            if stall is not None:
-                self.message = f"NumericGuard: {stall}. Next: guard.diagnose()"
+            telemetry = self.telemetry()
+            trouble = detect_stall(telemetry, self.facts) or detect_divergence(
+                telemetry, self.facts
+            )
+            if trouble is not None:
+                self._write_batches()
+                self.message = f"NumericGuard: {trouble}. Next: guard.diagnose()"
                 print(self.message, file=sys.stderr)
         self._manifest("stopped_by_guard" if self._stopped else "finished")
 
@@ -263,6 +270,8 @@ class NumericGuard(keras.callbacks.Callback):
         from diagnostics.keras_replay import KerasRun
 
         self._record.flush()
+        if self.incident is None and not (self.run_dir / "batches").exists():
+            self._write_batches()
         return diagnose_live(KerasRun(self.run_dir, self.model), budget_seconds)
 
     def telemetry(self) -> Telemetry:

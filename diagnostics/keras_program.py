@@ -24,7 +24,7 @@ from diagnostics.keras_changes import (
 )
 from diagnostics.keras_data_changes import changed_batch
 from diagnostics.keras_domains import kept_in_domain
-from diagnostics.keras_names import StateNames, find_optimizers
+from diagnostics.keras_names import LayerNames, StateNames, find_optimizers
 from diagnostics.keras_phases import run_by_phases
 from diagnostics.keras_step import guarded_function, read_outcome
 from diagnostics.protocol import Batch, Change, State, StepOutcome
@@ -41,6 +41,8 @@ _RETRACED = (
     "domain",
     "precision",
     "constant_rate",
+    "layer_epsilon",
+    "regulariser",
 )
 
 
@@ -212,6 +214,12 @@ def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
         new = [(optimizer, "epsilon", change.value)]
     elif change.kind == "optimizer_setting":
         new = [(optimizer, *change.value)]
+    elif change.kind == "regulariser":
+        new = [(variable, "regularizer", None) for variable in model.trainable_variables]
+    elif change.kind == "layer_epsilon":
+        names = LayerNames(model)
+        layers = [one for one in names.layers() if names.label(one) == change.value[0]]
+        new = [(layer, "epsilon", change.value[1]) for layer in layers]
     elif change.kind == "constant_rate":
         new = [(optimizer, "_learning_rate", lambda: change.value)]
     elif change.kind == "loss_formula" and change.value == FROM_LOGITS:

@@ -4,8 +4,10 @@ Grappler reorders chains of products and sums, but leaves a link of the chain
 alone that has a second reader: a guard that reads it changes the bits of what
 follows. So sums and products are read from ops of the guard's own, and a sum of
 a large tensor and a bias is not computed again at all: its extremes follow from
-those of each channel. XLA fuses otherwise; there `optimization_barrier` keeps the
-guard's reading apart where that was seen to matter.
+those of each channel. What a smooth activation alone takes is read behind it, since
+a second reader would part the two, and fused they round differently. XLA fuses
+otherwise; there `optimization_barrier` keeps the guard's reading apart where that
+was seen to matter.
 """
 
 from __future__ import annotations
@@ -18,6 +20,24 @@ from tensorflow.core.framework import attr_value_pb2
 
 _CHAIN = {"Mul": tf.raw_ops.Mul, "Add": tf.raw_ops.Add, "AddV2": tf.raw_ops.AddV2}
 
+_BELOW_ONE, _LEAST = 1.0 - 2.0**-24, 2.0**-126
+
+
+def _logit(y: tf.Tensor) -> tf.Tensor:
+    return tf.math.log(y) - tf.math.log1p(-y)
+
+
+def _before_elu(y: tf.Tensor) -> tf.Tensor:
+    return tf.where(y > 0, y, tf.math.log1p(tf.minimum(y, 0.0)))
+
+
+# Rising activations that TensorFlow fuses on a CPU with the product, bias and all, in front
+# of them; NaN passes through. Their inverse, float32 of float32, is finite for finite input.
+_FUSED = {
+    "Tanh": lambda y: tf.math.atanh(tf.clip_by_value(y, -_BELOW_ONE, _BELOW_ONE)),
+    "Sigmoid": lambda y: _logit(tf.clip_by_value(y, _LEAST, _BELOW_ONE)),
+    "Elu": lambda y: _before_elu(tf.maximum(y, -_BELOW_ONE)),
+}
 
 # Attribute of a graph: what was read again there, by id of the tensor, which is held with it.
 _READ_AGAIN = "_numeric_guard_read_again"
@@ -53,7 +73,26 @@ def _made_again(tensor: Any, operation: tf.Operation) -> Any:
 
 
 def extremes(tensor: tf.Tensor) -> tf.Tensor:
-    """float32 [2]: maximum and minimum; not finite only if an element is not; 0 if empty."""
+    """float32 [2]: maximum and minimum; not finite only if an element is not; 0 if empty.
+
+    In front of a tanh, sigmoid or ELU: as far as its result tells, which saturates.
+    """
+    activation = _fused_with(tensor)
+    if activation is not None:
+        pair = _extremes(activation.outputs[0])
+        return tf.where(tf.math.is_finite(pair), _FUSED[activation.type](pair), pair)
+    return _extremes(tensor)
+
+
+def _fused_with(tensor: Any) -> tf.Operation | None:
+    """The one smooth activation that takes a symbolic tensor and nothing else does."""
+    if tf.executing_eagerly() or not hasattr(tensor, "consumers"):
+        return None
+    takers = tensor.consumers()
+    return takers[0] if len(takers) == 1 and takers[0].type in _FUSED else None
+
+
+def _extremes(tensor: tf.Tensor) -> tf.Tensor:
     values, bias = _without_bias(tensor)
     if bias is None:
         pair = tf.stack([tf.reduce_max(values), tf.reduce_min(values)])

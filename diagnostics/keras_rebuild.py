@@ -64,6 +64,8 @@ def float32_twin(model: Any) -> Any:
     """
     own = {type(layer) for layer in model._flatten_layers(include_self=True, recursive=True)}
     own.add(type(model.optimizer))
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")  # of layers that a custom layer makes
     try:
         with keras.saving.custom_object_scope({kind.__name__: kind for kind in own}):
             serialised = json.dumps(model.get_config())
@@ -81,6 +83,8 @@ def float32_twin(model: Any) -> Any:
     except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"the model cannot be made again in float32: {reason}") from error
+    finally:
+        keras.config.set_dtype_policy(policy)
     return twin
 
 

@@ -11,12 +11,14 @@ from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
-from diagnostics.keras_changes import candidates, changed_start, command
+from diagnostics.keras_changes import candidates, changed_start, command, epsilon_changes
+from diagnostics.keras_data_changes import DATA_CHANGES, data_command
 from diagnostics.keras_domains import domain_changes
 from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
+from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import (
     Batch,
     Change,
@@ -78,7 +80,10 @@ class KerasRun:
     def recorded_failures(self) -> tuple[Check, ...]:
         if self._incident is None:
             return ()
-        return tuple(Check(**check) for check in self._incident.record["failed_checks"])
+        failed = [Check(**check) for check in self._incident.record["failed_checks"]]
+        # A replay has no limits: beside what is not finite they say nothing more.
+        limits = (RUNAWAY_LOSS, RUNAWAY_GRADIENT)
+        return tuple(c for c in failed if c.quantity not in limits) or tuple(failed)
 
     def telemetry(self) -> Telemetry:
         steps, columns, rows = FlightRecorder(self._directory / "telemetry").read()
@@ -151,11 +156,17 @@ class KerasRun:
         """Implements `diagnostics.protocol.RepairsFormulas`."""
         found = domain_changes(place, self.facts.precision != "float32")
         self._lines.update({one.label: one.line for one in found})
-        return [Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)]
+        changes = epsilon_changes(self._shared.model, place) if found else []
+        return [
+            *changes,
+            *(Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)),
+        ]
 
     def command(self, change: Change) -> str:
         if change.label in self._lines:
             return self._lines[change.label]
+        if change.kind in DATA_CHANGES:
+            return data_command(change, self._config["batch_structure"])
         return command(self._shared.model, self.facts, change)
 
     def environment(self) -> Mapping[str, Any]:

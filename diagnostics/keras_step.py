@@ -231,7 +231,10 @@ class _Trace:
     def _loss_within_limit(self) -> _Sight:
         if self._recorder.loss is None:
             return _Sight([], _stacked([]))
-        size = tf.abs(tf.cast(self._recorder.loss, tf.float32))
+        self._loss = tf.cast(self._recorder.loss, tf.float32)
+        if self._loss.shape.rank != 0:
+            self._loss = tf.reduce_mean(self._loss)
+        size = tf.abs(self._loss)
         # NaN is the business of the other check of the loss. (Not `~(size > limit)`: the
         # graph optimizer makes `size <= limit` of that, which is false for NaN.)
         within = tf.logical_or(size <= self._step.limits[0], tf.math.is_nan(size))
@@ -339,7 +342,7 @@ class _Trace:
         """Columns of the step, by the names of `protocol.Telemetry`."""
         columns: dict[str, tf.Tensor] = {}
         if self._recorder.loss is not None:
-            columns["loss"] = self._recorder.loss
+            columns["loss"] = self._loss
         inputs = [i for i, tap in enumerate(self._data_taps) if tap.check.quantity == INPUT]
         if inputs:
             pairs = tf.gather(self._data[1], inputs)

@@ -76,7 +76,8 @@ class Recorder:
 
     Attributes:
       taps: layer outputs and losses, in order of execution.
-      loss: what `compute_loss` returned first, else the first target of a tape.
+      loss: what `compute_loss` returned first, else the first target that a tape
+        differentiated by weights; a vector where the user's own step takes one.
       on_apply: called instead of an optimizer's `apply` with (optimizer, the
         method, gradients, variables); None calls it through.
       labels_valid: bool scalars, whether class numbers are in range.
@@ -144,8 +145,9 @@ class Recorder:
 
         TensorFlow raises on such a label on the CPU, and makes NaN of it under XLA.
         """
-        classes = getattr(predictions, "shape", (None,))[-1]
-        if classes is None:
+        predictions, labels = tf.convert_to_tensor(predictions), tf.convert_to_tensor(labels)
+        classes = predictions.shape[-1] if predictions.shape.rank else None
+        if classes is None or (self._graph is not None and labels.graph is not self._graph):
             return labels
         valid = tf.logical_and(labels >= 0, labels < tf.cast(classes, labels.dtype))
         self.labels_valid.append(tf.reduce_all(valid))
@@ -197,6 +199,7 @@ _undo: list[Callable[[], None]] = []
 
 def _patch_shared() -> list[Callable[[], None]]:
     call, gradient = keras.Operation.__call__, tf.GradientTape.gradient
+    cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits
 
     def overheard_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = _local.recorder
@@ -206,20 +209,31 @@ def _patch_shared() -> list[Callable[[], None]]:
 
     def overheard_gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = _local.recorder
-        if recorder is not None:
+        # The gradient of an input, as in a gradient penalty, is a part of the loss.
+        weights = recorder is not None and _of_weights(sources)
+        if recorder is not None and weights:
             recorder.enter("backward")
         result = gradient(self, target, sources, *args, **kwargs)
         if recorder is not None:
-            if recorder.loss is None:
+            if recorder.loss is None and weights:
                 recorder.note_loss(_first_tensor(target))
             pair = keras.tree.flatten(result), keras.tree.flatten(sources)
             recorder.tape_gradients.append(pair)
         return result
 
+    def overheard_labels(labels: Any, logits: Any, name: Any = None) -> Any:
+        recorder = _local.recorder
+        if recorder is not None:
+            labels = recorder.checked_labels(labels, logits)
+        return cross_entropy(labels=labels, logits=logits, name=name)
+
     keras.Operation.__call__ = overheard_call
+    # Keras' losses and a user's own call it by this name.
+    tf.nn.sparse_softmax_cross_entropy_with_logits = overheard_labels
     tf.GradientTape.gradient = overheard_gradient
     return [
         lambda: setattr(keras.Operation, "__call__", call),
+        lambda: setattr(tf.nn, "sparse_softmax_cross_entropy_with_logits", cross_entropy),
         lambda: setattr(tf.GradientTape, "gradient", gradient),
     ]
 
@@ -242,28 +256,12 @@ def _shadow(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], N
     return lambda: object.__delattr__(owner, name)
 
 
-_LOSS_ARGUMENTS = ("x", "y", "y_pred", "sample_weight", "training")
-
-
-def _takes_class_numbers(model: Any) -> bool:
-    loss = getattr(model, "loss", None)
-    name = loss if isinstance(loss, str) else getattr(loss, "name", "")
-    return name == "sparse_categorical_crossentropy" and getattr(loss, "ignore_class", None) is None
-
-
 def _overheard_loss(model: Any, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
     def overheard(*args: Any, **kwargs: Any) -> Any:
         recorder = _local.recorder
         if recorder is None:
             return compute_loss(*args, **kwargs)
         recorder.enter("loss")
-        given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
-        if _takes_class_numbers(model) and tf.is_tensor(given.get("y")):
-            checked = recorder.checked_labels(given["y"], given.get("y_pred"))
-            if "y" in kwargs:
-                kwargs["y"] = checked
-            else:
-                args = (args[0], checked, *args[2:])
         loss = compute_loss(*args, **kwargs)
         recorder.note_loss(loss)
         return loss
@@ -314,6 +312,11 @@ def _bounded(layer: Any) -> bool:
     activation = getattr(layer, "activation", None)
     built_in = getattr(activation, "__module__", "").startswith("keras.")
     return built_in and getattr(activation, "__name__", "") not in _UNBOUNDED_ACTIVATIONS
+
+
+def _of_weights(sources: Any) -> bool:
+    """Whether a variable is among what a tape differentiates by."""
+    return any(isinstance(s, (tf.Variable, keras.Variable)) for s in keras.tree.flatten(sources))
 
 
 def _first_tensor(structure: Any) -> Any:

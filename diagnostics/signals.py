@@ -29,7 +29,7 @@ _SETTLED = 10  # steps whose median counts
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _FLOAT16_LIMIT_BITS = 16.0
-_RECURRENT = ("RNN", "LSTM", "GRU")
+RECURRENT = ("RNN", "LSTM", "GRU")
 
 
 def input_arrays(evidence: Evidence) -> dict[str, TensorStats]:
@@ -218,7 +218,7 @@ def in_recurrence(evidence: Evidence) -> str:
     first = evidence.first_nonfinite
     kinds = {layer.name: layer.kind for layer in evidence.facts.layers}
     kind = kinds.get(first.layer or "", "") if first is not None else ""
-    return kind if any(word in kind for word in _RECURRENT) else ""
+    return kind if any(word in kind for word in RECURRENT) else ""
 
 
 def half_precision(evidence: Evidence) -> bool:

@@ -8,8 +8,9 @@ a plateau longer than a healthy start.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,15 @@ import numpy as np
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_words import number
 from diagnostics.telemetry_view import layer_column, layer_names, scalar_column
+from diagnostics.update_size import update_ratio
 
 RUNAWAY = 100.0  # times the loss of guessing, or the first loss where that is unknown
 GRADIENT_RUNAWAY = 1e6  # times the gradient norm of the first steps
 WORSE_THAN_GUESSING = 3.0  # times its loss: a run that ends there has run away
 _FLAT = (0.98, WORSE_THAN_GUESSING)  # smoothed loss over the loss of guessing
+# Where no update ever changed anything, the loss says less: chance may begin a little
+# below guessing or far above it. Smoothed loss over its own start, and over guessing.
+_UNMOVED, _UNTRAINED = 0.9, 0.7
 _WINDOW = 20
 # Healthy: pre-activations of 0.1 and more in every layer, update ratios around 1e-3.
 FAINT_SIGNAL = 0.01
@@ -98,9 +103,11 @@ def stall_signals(telemetry: Telemetry, facts: RunFacts) -> StallSignals:
     peaks = None if last is None else layer_column(telemetry, last, "preactivation_absmax")
     gradients = None if last is None else layer_column(telemetry, last, "gradient_norm")
     kernels = [layer.name for layer in facts.layers if layer.weight is not None]
-    signals = _by_layer(telemetry, kernels, "preactivation_absmax")
+    signals = _medians(
+        {name: layer_column(telemetry, name, "preactivation_absmax") for name in kernels}
+    )
     faintest = min(signals, key=lambda name: signals[name], default=None)
-    ratios = _by_layer(telemetry, names, "update_ratio")
+    ratios = _medians({name: update_ratio(telemetry, facts, name) for name in names})
     moving = {name: ratio for name, ratio in ratios.items() if ratio > 0}
     still = min(moving, key=lambda name: moving[name], default=None)
     dead = _dead(telemetry, facts)
@@ -119,14 +126,15 @@ def stall_signals(telemetry: Telemetry, facts: RunFacts) -> StallSignals:
     )
 
 
-def _by_layer(telemetry: Telemetry, names: Iterable[str], quantity: str) -> dict[str, float]:
-    """Median of a quantity over the last steps, of the layers where it was recorded."""
+def _medians(columns: Mapping[str, np.ndarray | None]) -> dict[str, float]:
+    """Median of each layer's column over the last steps, where it was recorded."""
     found = {}
-    for name in names:
-        column = layer_column(telemetry, name, quantity)
+    for name, column in columns.items():
         if column is not None and column.size > 1:
             # The first row's update ratio is 0: nothing was updated before it.
-            found[name] = float(np.median(column[1:][-_WINDOW:]))
+            median = float(np.median(column[1:][-_WINDOW:]))
+            if not math.isnan(median):
+                found[name] = median
     return found
 
 
@@ -163,14 +171,29 @@ def detect_stall(telemetry: Telemetry, facts: RunFacts) -> str | None:
     guess = facts.chance_loss if facts.chance_loss is not None else float(loss[0])
     smooth = _smoothed(loss)
     low, high = _FLAT
-    if smooth.min() < low * guess or smooth[-1] > high * guess or (guess == 0 and not known):
+    flat = low * guess <= smooth.min() and smooth[-1] <= high * guess and (guess != 0 or known)
+    untrained = not known or smooth[-1] > _UNTRAINED * guess
+    unmoved = smooth[-1] > _UNMOVED * smooth[0] and untrained and _never_moved(telemetry, facts)
+    if not flat and not unmoved:
         return None
     reasons = stall_signals(telemetry, facts).reasons(classifies=known)
     if not reasons and (not known or loss.size < _STEPS_WITHOUT_REASON):
         return None
     what = f"the loss of guessing, {guess:.4g}" if known else f"its first value, {guess:.4g}"
     text = f"In {loss.size:,} steps the loss never fell below {what} (last: {smooth[-1]:.4g})"
+    if not flat:
+        text = f"In {loss.size:,} steps the loss stayed where it began, at {smooth[-1]:.4g}"
     return f"{text}: {'; '.join(reasons)}" if reasons else text
+
+
+def _never_moved(telemetry: Telemetry, facts: RunFacts) -> bool:
+    """Whether no update of the whole run changed any layer by a part worth the name."""
+    columns = [
+        column[1:]  # nothing was updated before the first row
+        for layer in layer_names(telemetry)
+        if (column := update_ratio(telemetry, facts, layer)) is not None
+    ]
+    return bool(columns) and float(np.nanmax(columns, initial=0.0)) < IDLE_UPDATE
 
 
 def _smoothed(loss: np.ndarray) -> np.ndarray:

@@ -415,6 +415,65 @@ def test_a_loss_without_lower_bound_is_the_loss_formula():
     assert cause.kind == "loss_formula" and "no lower bound" in said(cause)
 
 
+def test_it_still_has_none_when_its_last_value_overflowed():
+    losses = np.r_[-(10.0 ** np.arange(11.0)), -np.inf]
+    before = evidence(
+        facts=facts(**NO_CLASSES),
+        telemetry=telemetry({"loss": losses, "grad_norm": 3.0 ** np.arange(12)}),
+        first_nonfinite=first("loss", None, "Square", kind="inf", inputs=[(-1e20, 1e20)]),
+        batch_stats={"x": stats(1.0), "y": stats(1.0)},
+        label_range=(-4.0, 4.0),
+    )
+    assert judge(with_replays(before, replay("learning_rate", 1e-4, True))).kind == "loss_formula"
+
+
+def test_a_class_number_refused_of_one_of_several_outputs():
+    refused = StepOutcome(False, (Check("data", "", "labels"),), {})
+    cause = judge(
+        evidence(
+            facts=facts(**NO_CLASSES),
+            outcome=refused,
+            first_nonfinite=first("data"),
+            batch_stats={"x": stats(1.0), "labels/a": labels(), "labels/b": labels()},
+            label_range=None,
+        )
+    )
+    assert cause.kind == "labels" and "'labels/b' runs from 0 to 9" in said(cause)
+
+
+def test_a_constant_too_large_for_float16_is_the_precision():
+    place = first("forward", "pool", "Cast", kind="inf", inputs=[(-1e9, -1e9)])
+    cause = judge(evidence(facts=facts(precision="mixed_float16"), first_nonfinite=place))
+    assert cause.kind == "precision" and "infinity of 1e9" in said(cause)
+
+
+def test_a_loss_weight_out_of_proportion_is_the_loss_formula():
+    columns = {
+        "loss": np.array([3e16, 1e28, np.inf]),
+        "grad_norm": np.array([1e9, 1e15, np.inf]),
+        "out/peak": np.array([1.2, 1e13, 1e20]),
+    }
+    weighted = {**NO_CLASSES, "loss": "mse", "extra": {"loss weights": "1e+14, 1"}}
+    cause = judge(
+        evidence(
+            facts=facts((("out", 64),), **weighted),
+            telemetry=telemetry(columns),
+            initial_weight_stats={},
+            first_nonfinite=first("loss", None, "Square", inputs=[(-1e20, 1e20)]),
+            batch_stats={"x": stats(1.0), "y": stats(4.0, 9.0)},
+        )
+    )
+    assert cause.kind == "loss_formula" and "weighted with 1e+14, 1" in said(cause)
+
+
+def test_a_penalty_that_throws_the_weights_across_zero():
+    given = {"optimizer": "SGD", "learning_rate": 0.1, "extra": {"l2 penalty": "100"}}
+    cause = judge(
+        evidence(verdict="diverged", facts=facts(**given), telemetry=telemetry(runaway()))
+    )
+    assert cause.kind == "loss_formula" and "20 times themselves a step" in said(cause)
+
+
 def test_formula_that_fails_on_one_ordinary_row_is_the_formulas_fault():
     place = first("forward", "unit", "RealDiv", inputs=[(0, 1), (0.0, 4.0)], examples=(40,))
     cause = judge(

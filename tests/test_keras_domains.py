@@ -6,9 +6,12 @@ import pytest
 import tensorflow as tf
 from keras_models import FEATURES, Fitted, L, compiled, data
 
+from diagnostics.keras_data_changes import data_command
 from diagnostics.keras_domains import _BY_NAME, _REPAIRS, kept_in_domain
+from diagnostics.keras_replay import KerasRun
 from diagnostics.keras_update import Group, exact_sight, new_state_finite
 from diagnostics.keras_xla_sight import xla_new_state_finite, xla_sight
+from diagnostics.protocol import Change
 
 BEYOND = {
     "Log": (lambda x: tf.math.log(x), -1.0),
@@ -24,6 +27,7 @@ BEYOND = {
     "Expm1": (lambda x: tf.math.expm1(x), 200.0),
     "Sinh": (lambda x: tf.sinh(x), -200.0),
     "Cosh": (lambda x: tf.cosh(x), 200.0),
+    "Softmax": (lambda x: tf.nn.softmax(tf.reshape(x, [1, 1]))[0, 0], -np.inf),
     "Acos": (lambda x: tf.acos(x), 1.0),
     "Asin": (lambda x: tf.asin(x), -1.5),
     "Atanh": (lambda x: tf.atanh(x), 1.0),
@@ -114,6 +118,64 @@ def test_a_layer_that_divides_by_zero_is_mended_with_a_line_of_code(tmp_path):
         found.recommendation.verified and "test_keras_domains.py:" in found.recommendation.command
     )
     assert "tf.where(tf.abs(b)" in found.recommendation.command
+
+
+def test_a_normalisation_without_epsilon_is_given_one(tmp_path):
+    x, y = data()
+    x[11] = 1.0
+    layers = [keras.Input((FEATURES,)), L.LayerNormalization(epsilon=0.0, name="norm"), L.Dense(3)]
+    fitted = Fitted(lambda: compiled(keras.Sequential(layers)), x, y, tmp_path / "run")
+    found = fitted.guard.diagnose(budget_seconds=30)
+    assert found.cause.kind == "architecture"
+    assert found.recommendation.verified
+    assert found.recommendation.command == "epsilon=0.001  # of the layer norm"
+    assert fitted.model.get_layer("norm").epsilon == 0.0
+
+
+@pytest.mark.parametrize(
+    ("structure", "line"),
+    [
+        (
+            {"tuple": [{"array": "inputs"}, {"array": "labels"}]},
+            "x, y = np.delete(x, [7], axis=0), np.delete(y, [7], axis=0)",
+        ),
+        (
+            {"tuple": [{"list": []}, {"array": "labels"}, {"array": "sample_weight"}]},
+            "x, y, sample_weight = [np.delete(a, [7], axis=0) for a in x], "
+            "np.delete(y, [7], axis=0), np.delete(sample_weight, [7], axis=0)",
+        ),
+        (
+            {"dict": {"left": {"array": "inputs/left"}}},
+            "x = {k: np.delete(a, [7], axis=0) for k, a in x.items()}",
+        ),
+    ],
+)
+def test_rows_are_taken_out_of_every_argument(structure, line):
+    change = Change("without_examples", (7,), "without example 7")
+    assert data_command(change, structure) == line
+
+
+def test_a_penalty_out_of_proportion_is_taken_off(tmp_path):
+    def build() -> keras.Model:
+        penalty = keras.regularizers.L2(200.0)
+        layers = [L.Dense(8, kernel_regularizer=penalty), L.Dense(3, kernel_regularizer=penalty)]
+        return compiled(keras.Sequential(layers), optimizer=keras.optimizers.SGD(0.1))
+
+    fitted = Fitted(build, *data(), tmp_path / "run", epochs=8)
+    found = fitted.guard.diagnose(budget_seconds=20)
+    assert found.cause.kind == "loss_formula"
+    assert found.recommendation.verified
+    assert found.recommendation.command.startswith("kernel_regularizer=None")
+    rates = [c for c in found.counterfactuals if c.kind == "learning_rate"]
+    clipped = [c for c in fitted_commands(fitted) if "clipnorm" in c]
+    assert rates and all("learning_rate=0.1," in line for line in clipped)
+
+
+def fitted_commands(fitted: Fitted) -> list[str]:
+    """What a user is told for every change, after the replays moved the model's own rate."""
+    run = KerasRun(fitted.guard.run_dir, fitted.model)
+    fitted.model.optimizer.learning_rate.assign(1e-5)
+    return [run.command(change) for change in run.changes(run.state_steps()[-1], ())]
 
 
 def test_labels_from_one_are_lowered(tmp_path):

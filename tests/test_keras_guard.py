@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_models import BATCH, STEPS, Fitted, L, compiled, data, mlp, poisoned
+from keras_models import BATCH, CROSS_ENTROPY, STEPS, Fitted, L, compiled, data, mlp, poisoned
 
 from diagnostics import NumericGuard
 from diagnostics.errors import InputError
@@ -37,12 +37,18 @@ def sgd() -> keras.optimizers.Optimizer:
     [
         lambda: compiled(mlp()),
         lambda: compiled(mlp("gelu"), optimizer=sgd(), metrics=["accuracy"]),
+        lambda: compiled(mlp("tanh")),
+        lambda: compiled(mlp("sigmoid")),
+        lambda: compiled(mlp("elu")),
         lambda: compiled(batch_norm_net()),
         lambda: compiled(batch_norm_net(), steps_per_execution=4),
         lambda: compiled(mlp(), run_eagerly=True),
         lambda: compiled(mlp(), optimizer=keras.optimizers.Lion(1e-3)),
     ],
-    ids=["adam", "sgd", "batch_norm", "execution", "eager", "unbounded_optimizer"],
+    ids=[
+        *("adam", "sgd", "tanh", "sigmoid", "elu"),
+        *("batch_norm", "execution", "eager", "unbounded_optimizer"),
+    ],
 )
 def test_a_finite_run_has_the_same_bits_with_and_without(tmp_path, build):
     x, y = data()
@@ -155,6 +161,21 @@ def test_a_label_out_of_range_stops_before_tensorflow_raises(tmp_path):
         "data",
         "labels",
     )
+
+
+def test_a_label_out_of_range_of_one_of_two_outputs(tmp_path):
+    def build() -> keras.Model:
+        inputs = keras.Input((6,))
+        outputs = [L.Dense(3, name="kind")(inputs), L.Dense(5, name="place")(inputs)]
+        return compiled(keras.Model(inputs, outputs), loss=[CROSS_ENTROPY, CROSS_ENTROPY])
+
+    x, y = data()
+    places = np.zeros_like(y)
+    places[BATCH + 1] = 5
+    stopped = Fitted(build, x, [y, places], tmp_path / "run")
+    found = stopped.guard.diagnose(budget_seconds=0)
+    assert found.step == 1 and found.first_nonfinite.examples == (BATCH + 1,)
+    assert found.cause.kind == "labels" and "runs from 0 to 5" in found.cause.evidence[0]
 
 
 def test_a_norm_that_overflows_is_no_incident(tmp_path):

@@ -264,6 +264,7 @@ def test_a_run_that_cannot_learn_is_told_at_the_end(tmp_path):
     assert guard.incident is None and "never fell" in guard.message and "dead" in guard.message
     found = guard.diagnose(budget_seconds=8)
     assert found.verdict == "stalled" and found.cause.kind == "init"
+    assert len(found.counterfactuals) > 1, "its batches were kept"
 
 
 def stopped_bits(build: Callable[[], keras.Model], good: Any, bad: Any, place: Any) -> Fitted:
@@ -405,6 +406,59 @@ def test_xla(tmp_path):
     guarded = Fitted(build, *data(), tmp_path / "a")
     assert guarded.bits() == plain.bits()
     stopped_bits(build, data(), poisoned(3), tmp_path / "b")
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_xla_with_several_steps_an_execution(tmp_path, policy):
+    def build() -> keras.Model:
+        previous = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(policy)
+        try:
+            return compiled(mlp(), jit_compile=True, steps_per_execution=2)
+        finally:
+            keras.config.set_dtype_policy(previous)
+
+    plain, guarded = Fitted(build, *data()), Fitted(build, *data(), tmp_path / "a")
+    assert guarded.bits() == plain.bits()
+    stopped_bits(build, data(), poisoned(3), tmp_path / "b")
+
+
+class LogCell(L.Layer):
+    """A recurrent cell of the user's own; the logarithm of a negative state is NaN."""
+
+    state_size = output_size = 4
+
+    def build(self, shape: tuple) -> None:
+        self.kernel = self.add_weight(shape=(shape[-1], 4), name="kernel")
+        self.recurrent_kernel = self.add_weight(shape=(4, 4), name="recurrent_kernel")
+
+    def call(self, x: tf.Tensor, states: list) -> tuple:
+        new = tf.math.log(x @ self.kernel + states[0] @ self.recurrent_kernel)
+        return new, [new]
+
+
+def test_a_fault_inside_a_recurrent_loop_has_its_layer_op_and_line(tmp_path):
+    x = np.random.default_rng(0).normal(size=(16, 4, 3)).astype("float32")
+    layers = [keras.Input((4, 3)), L.RNN(LogCell(), name="memory"), L.Dense(3, name="logits")]
+    stopped = Fitted(
+        lambda: compiled(keras.Sequential(layers)), x, np.zeros(16, int), tmp_path / "run"
+    )
+    first = stopped.guard.diagnose(budget_seconds=0).first_nonfinite
+    assert (first.stage, first.layer, first.op) == ("forward", "memory", "Log")
+    assert "new = tf.math.log(x @ self.kernel" in first.source
+
+
+@pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
+def test_recurrent_layers_clean_and_faulty(tmp_path, kind):
+    def build() -> keras.Model:
+        layers = [keras.Input((6, 1)), getattr(L, kind)(4, name="memory"), L.Dense(3)]
+        return compiled(keras.Sequential(layers))
+
+    good, bad = data(), poisoned(3)
+    good, bad = (good[0][..., None], good[1]), (bad[0][..., None], bad[1])
+    plain, guarded = Fitted(build, *good), Fitted(build, *good, tmp_path / "a")
+    assert guarded.bits() == plain.bits()
+    stopped_bits(build, good, bad, tmp_path / "b")
 
 
 def test_other_callbacks_keep_their_place(tmp_path):

@@ -40,6 +40,7 @@ places = st.fixed_dictionaries(
         "depth": st.integers(1, 3),
         "activation": st.sampled_from(["relu", "tanh", "gelu", "linear"]),
         "normalised": st.booleans(),
+        "recurrent": st.sampled_from(["", "", "SimpleRNN", "LSTM", "GRU"]),
         "stage": st.sampled_from(["data", "weights", "forward", "backward"]),
         "at": st.integers(0, 2),
         "step": st.integers(0, STEPS - 1),
@@ -52,6 +53,9 @@ places = st.fixed_dictionaries(
 def build(place: dict) -> keras.Model:
     optimizer = keras.optimizers.SGD(0.01, momentum=place["momentum"])
     layers: list[Any] = [keras.Input((FEATURES,))]
+    if place["recurrent"]:
+        layers.append(L.Reshape((FEATURES // 2, 2)))
+        layers.append(getattr(L, place["recurrent"])(4, name="memory"))
     for i in range(place["depth"]):
         layers.append(L.Dense(6, activation=place["activation"], name=f"dense_{i}"))
         if place["normalised"]:
@@ -73,7 +77,8 @@ class Poison(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         if batch == self._place[1]:
-            kernel = self.model.get_layer(self._place[0]).kernel
+            # Of a recurrent layer the kernel of its state.
+            *_, kernel, _ = self.model.get_layer(self._place[0]).trainable_variables
             values = kernel.numpy()
             values[0, 0] = self._bad
             kernel.assign(values)
@@ -84,6 +89,8 @@ class Poison(keras.callbacks.Callback):
 def test_the_injected_place_is_the_first_check_that_trips(place):
     x, y = data()
     layer = f"dense_{place['at'] % place['depth']}"
+    if place["recurrent"] and (place["stage"], place["at"]) == ("weights", 2):
+        layer = "memory"
     callbacks = []
     if place["stage"] == "data":
         x[place["step"] * BATCH + place["at"], 1] = place["bad"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from evidence_samples import VGG_A, facts, quiet, telemetry
 
+from diagnostics.fix_search import livelier_rates
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.stall import StallWatch, detect_divergence, detect_stall, stall_signals
 
@@ -157,3 +158,31 @@ def test_short_runs_say_nothing(steps):
     short = Telemetry(recorded.steps[:steps], recorded.columns, recorded.rows[:steps])
     assert detect_stall(short, facts()) is None
     assert detect_divergence(short, facts()) is None
+
+
+def _unmoving(optimizer: str, rate: float, start: float) -> Telemetry:
+    """Norms and rate of a Keras run, which records no update ratio; the loss stays at `start`."""
+    noise = np.random.default_rng(2).normal(0, 0.02, 60)
+    columns = {"loss": start + noise, "lr": np.full(60, rate)}
+    for name, _ in VGG_A:
+        columns[f"{name}/peak"] = np.full(60, 5.0)
+        columns[f"{name}/gradient_norm"] = np.full(60, 0.5)
+        columns[f"{name}/weight_norm"] = np.full(60, 9.0)
+    return telemetry(columns)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("start", [0.97 * CHANCE, 8.0])
+def test_updates_that_change_nothing_are_a_stall_wherever_the_loss_began(optimizer, start):
+    run_facts = facts(optimizer=optimizer, optimizer_epsilon=1e-7)
+    text = detect_stall(_unmoving(optimizer, 1e-9, start), run_facts)
+    assert text is not None and "changes no layer" in text
+    assert detect_stall(_unmoving(optimizer, 1e-2, start), run_facts) is None
+    assert detect_stall(_unmoving(optimizer, 1e-9, 0.3 * CHANCE), run_facts) is None
+
+
+def test_a_rate_that_moves_the_weights_is_tried():
+    recorded = _unmoving("SGD", 1e-9, CHANCE)
+    rates = livelier_rates(1e-9, recorded, facts(optimizer="SGD", momentum=0.0))
+    assert rates == [1e-8, 0.018]  # 0.5 / 9 of the weights a unit of rate
+    assert livelier_rates(0.0, recorded, facts()) == []
