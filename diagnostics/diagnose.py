@@ -46,6 +46,8 @@ from diagnostics.trace import locate
 DEFAULT_BUDGET = 180.0  # seconds for all counterfactuals together
 _STALL_STEPS = 400  # that a fix may take to begin to learn
 _LEAST_STEPS = 30
+# Arrays whose size says nothing about the health of a run.
+_NO_TENSORS = ("schedule/", "counters/", "loss_scale/", "example_ids")
 
 
 def diagnose(
@@ -325,7 +327,7 @@ def _statistics(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorStats]:
     return {
         name: describe(array)
         for name, array in arrays.items()
-        if array.size and not name.startswith(("schedule/", "counters/", "example_ids"))
+        if array.size and not name.startswith(_NO_TENSORS)
     }
 
 

@@ -258,8 +258,11 @@ def forward(
             elif isinstance(layer, PoolLayer):
                 values = tf.nn.max_pool2d(values, 2, 2, "SAME" if layer.round_up else "VALID")
             elif isinstance(layer, ResponseNormalization):
-                # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n.
-                values = tf.nn.local_response_normalization(values, 2, 2.0, 1e-4, 0.75)
+                # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n. In
+                # float32: float16 squares overflow from 256 on, bfloat16 has no kernel on CPUs.
+                wide = tf.cast(values, tf.float32)
+                wide = tf.nn.local_response_normalization(wide, 2, 2.0, 1e-4, 0.75)
+                values = tf.cast(wide, values.dtype)
             else:
                 values = tf.reshape(values, [-1, math.prod(values.shape[1:])])
     return tf.cast(values, tf.float32)

@@ -20,7 +20,7 @@ from diagnostics.protocol import (
     Telemetry,
 )
 from diagnostics.snapshot import hash_arrays
-from vggrepro import accelerator, counterfactual_changes, inheritance
+from vggrepro import accelerator, counterfactual_changes, inheritance, loss_scale
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import command_line
 from vggrepro.data_source import DataSource, open_data
@@ -231,6 +231,8 @@ class VggProgram:
         self._step: TrainStep | None = None
 
     def load(self, state: State) -> None:
+        # A state recorded in another precision: float16's has a loss scale.
+        state = loss_scale.state_for(self._config.precision, state)
         if self._step is None:
             self._step = self._taken_over()
         if self._step is None:

@@ -265,6 +265,16 @@ def _show_healthy(healthy: HealthyStep, as_json: bool) -> int:
 
 
 def _compared(healthy: HealthyStep) -> str:
+    told = healthy.outcome.telemetry
+    if told.get("skipped"):
+        return (
+            f"its update was skipped: gradients overflowed at loss scale {told['loss_scale']:,.0f}"
+            f" and are finite at 1, as shown; {_replayed(healthy)}"
+        )
+    return _replayed(healthy)
+
+
+def _replayed(healthy: HealthyStep) -> str:
     if not healthy.recorded:
         return "its numbers were not recorded, so none are compared"
     if healthy.differences:
