@@ -193,6 +193,7 @@ def test_the_self_test_fires_every_check_and_leaves_the_scale(step):
     assert hash_arrays(step.state()) == before
 
 
+@pytest.mark.slow
 def test_a_host_loop_skips_inside(step):
     """Four steps in one call: the same bits as one by one, skips included."""
     batches = [tuple(map(tf.constant, random_batch(CONFIG, seed))) for seed in range(4)]

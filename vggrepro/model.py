@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.dropout import Dropout
+from vggrepro.rounded_products import rounded_product
 
 # Kernel sides of the convolutions by block; C ends its last three with 1x1 (Table 1).
 KERNELS = {
@@ -230,6 +231,7 @@ def forward(
     *,
     dropout: Dropout | None = None,
     observe: Observer | None = None,
+    multiply_dtype: tf.DType | None = None,
 ) -> tf.Tensor:
     """Runs the net; each layer's ops lie in a name scope of its name.
 
@@ -240,6 +242,8 @@ def forward(
       dropout: None for inference.
       observe: called with (layer, pre-activation) of every weight layer, in
         order of execution.
+      multiply_dtype: float32 operands of every convolution and matrix product are rounded
+        to it (`vggrepro.rounded_products`).
 
     Returns:
       float32 logits [N, classes].
@@ -248,7 +252,7 @@ def forward(
     for index, layer in enumerate(network.layers):
         with tf.name_scope(layer.name):
             if isinstance(layer, WeightLayer):
-                values = _preactivation(layer, parameters, values)
+                values = _preactivation(layer, parameters, values, multiply_dtype)
                 if observe is not None:
                     observe(layer.name, values)
                 if layer.relu:
@@ -269,10 +273,18 @@ def forward(
 
 
 def _preactivation(
-    layer: WeightLayer, parameters: Mapping[str, tf.Tensor], values: tf.Tensor
+    layer: WeightLayer,
+    parameters: Mapping[str, tf.Tensor],
+    values: tf.Tensor,
+    multiply_dtype: tf.DType | None,
 ) -> tf.Tensor:
     kernel = tf.cast(parameters[f"{layer.name}/kernel"], values.dtype)
     bias = tf.cast(parameters[f"{layer.name}/bias"], values.dtype)
-    if layer.is_convolution:
-        return tf.nn.bias_add(tf.nn.conv2d(values, kernel, 1, "SAME"), bias)
-    return tf.nn.bias_add(tf.matmul(values, kernel), bias)
+    product = _convolution if layer.is_convolution else tf.matmul
+    if multiply_dtype is not None and values.dtype == tf.float32:
+        return tf.nn.bias_add(rounded_product(product, values, kernel, multiply_dtype), bias)
+    return tf.nn.bias_add(product(values, kernel), bias)
+
+
+def _convolution(values: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    return tf.nn.conv2d(values, kernel, 1, "SAME")

@@ -40,6 +40,7 @@ def loss_and_gradients(
     dropout: Dropout | None,
     compute_dtype: tf.DType = tf.float32,
     global_rows: int,
+    multiply_dtype: tf.DType | None = None,
     loss_scale: tf.Tensor | None = None,
     phase: Callable[[str], None] = lambda name: None,
     extremes: Callable[[tf.Tensor], tf.Tensor] | None = None,
@@ -51,6 +52,7 @@ def loss_and_gradients(
       images: float32 [rows, side, side, 3]; labels: int32 [rows].
       dropout: the masks of this step, or None.
       compute_dtype: type of activations; the loss is float32.
+      multiply_dtype: as `model.forward`; rounds in the backward pass too.
       global_rows: the loss is the sum over the rows divided by this, so that
         the sum over replicas is the mean over the global batch.
       loss_scale: float32; the backward pass computes the gradients of loss_scale * loss, which
@@ -72,6 +74,7 @@ def loss_and_gradients(
             tf.cast(images, compute_dtype),
             dropout=dropout,
             observe=lambda layer, values: seen.append(extremes(values)),
+            multiply_dtype=multiply_dtype,
         )
         phase("loss")
         loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)

@@ -34,10 +34,18 @@ class TrainStep(StepState):
     Args:
       config: `classes` must be set.
       state: named arrays as `state()` returns them; None draws initial weights.
+      multiply_dtype: of a replay that imitates a TPU, as `model.forward`.
     """
 
-    def __init__(self, config: TrainConfig, network: Network, state: State | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: Network,
+        state: State | None = None,
+        multiply_dtype: tf.DType | None = None,
+    ) -> None:
         super().__init__(config, network)
+        self.multiply_dtype = multiply_dtype
         self._optimizer = MomentumSGD.from_config(config)
         self._compute_dtype = tf.as_dtype(config.precision)
         self._scaled = loss_scale.has_loss_scale(config.precision)
@@ -117,6 +125,7 @@ class TrainStep(StepState):
             labels,
             dropout=Dropout.of_step(self.config.dropout, self.config.seed, step),
             compute_dtype=self._compute_dtype,
+            multiply_dtype=self.multiply_dtype,
             global_rows=images.shape[0],
             **options,
         )
