@@ -190,10 +190,9 @@ def test_it_is_told_whose_failure_it_is(failed):
         assert (place.stage, place.layer) == ("forward", "block2_conv1")
 
 
+@pytest.mark.parametrize("failed", ["only with"], indirect=True)
 def test_the_way_back_is_a_change_and_the_command_says_so_too(failed, capsys):
-    case, path = failed
-    if case != "only with":
-        return
+    _, path = failed
     run = emulated(VggRun(path), "tpu")
     back = [one for one in run.changes(0, ()) if (one.kind, one.value) == ("precision", "float32")]
     program = run.program(back[0])
@@ -219,6 +218,7 @@ def test_the_sentence(found, words):
     assert words in found.sentence()
 
 
+@pytest.mark.parametrize("failed", ["only with"], indirect=True)
 def test_what_cannot_be_emulated_is_one_clear_line(failed, tmp_path):
     _, path = failed
     run = VggRun(path)
