@@ -13,7 +13,6 @@ from diagnostics.bisection import first_bad_step
 from diagnostics.causes import Evidence, judge
 from diagnostics.counterfactual import Matrix, Plan
 from diagnostics.diagnosis import Cause, Diagnosis, FirstNonfinite, Onset
-from diagnostics.emulation import Emulation
 from diagnostics.errors import NothingToDiagnose
 from diagnostics.examine import Progress, no_progress
 from diagnostics.fix_search import Fixes, plan_replays, search_fixes
@@ -58,7 +57,6 @@ def diagnose(
     budget_seconds: float = DEFAULT_BUDGET,
     progress: Progress = no_progress,
     on_telemetry: Callable[[Telemetry], None] = lambda telemetry: None,
-    emulation: Emulation | None = None,
 ) -> Diagnosis:
     """Replays, locates, dates, explains, and tests fixes.
 
@@ -69,7 +67,6 @@ def diagnose(
       progress: called with (what, done, total); total 0 where it is not known.
       on_telemetry: told the telemetry that the onset was looked for in: the
         recorded one, or a replayed one where it is missing.
-      emulation: what `diagnostics.emulation.compare` found, to be told.
 
     Raises:
       NothingToDiagnose: there is no incident and the recorded run is healthy, or
@@ -80,8 +77,7 @@ def diagnose(
         check_step(run, step)
     target = _failing_step(run, progress) if step is None else step
     session = _Session(run, target, budget_seconds, progress, on_telemetry)
-    found = session.finite_trouble() if target is None else session.failure()
-    return found if emulation is None else _with_emulation(found, emulation)
+    return session.finite_trouble() if target is None else session.failure()
 
 
 def _failing_step(run: ReplayableRun, progress: Progress) -> int | None:
@@ -305,15 +301,6 @@ def _with_note(cause: Cause, facts: RunFacts) -> Cause:
         return cause
     first, *rest = cause.evidence
     return dataclasses.replace(cause, evidence=(first, facts.init_note, *rest))
-
-
-def _with_emulation(diagnosis: Diagnosis, emulation: Emulation) -> Diagnosis:
-    evidence = (emulation.sentence(), *diagnosis.cause.evidence)
-    return dataclasses.replace(
-        diagnosis,
-        cause=dataclasses.replace(diagnosis.cause, evidence=evidence),
-        environment={**diagnosis.environment, "emulation": emulation.to_dict()},
-    )
 
 
 def _dead_from(evidence: Evidence) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
+from diagnostics.diagnosis import Diagnosis
 from diagnostics.errors import InputError
 from diagnostics.examine import Progress, no_progress
 from diagnostics.protocol import Emulates, ReplayableRun
@@ -35,13 +36,14 @@ class Emulation:
             return f"The failure does not recur in float32; it recurs with {other}"
         return f"The failure recurs in float32; it does not recur with {other}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "machine": self.machine,
-            "recurs": self.recurs,
-            "recurs_without": self.recurs_without,
-        }
+    def told_in(self, diagnosis: Diagnosis) -> Diagnosis:
+        """The diagnosis with this as its first evidence and under `environment.emulation`."""
+        evidence = (self.sentence(), *diagnosis.cause.evidence)
+        return dataclasses.replace(
+            diagnosis,
+            cause=dataclasses.replace(diagnosis.cause, evidence=evidence),
+            environment={**diagnosis.environment, "emulation": dataclasses.asdict(self)},
+        )
 
 
 def emulated(run: ReplayableRun, machine: str) -> ReplayableRun:

@@ -180,7 +180,7 @@ def test_it_is_told_whose_failure_it_is(failed):
     chosen, found = compare(run, "tpu", None)
     assert (found.recurs, found.recurs_without) == FAILS[case]
     assert (chosen is run) is (case == "only without")
-    diagnosis = diagnose(chosen, budget_seconds=0, emulation=found)
+    diagnosis = found.told_in(diagnose(chosen, budget_seconds=0))
     said = diagnosis.cause.evidence[0]
     assert said == found.sentence()
     assert diagnosis.to_dict()["environment"]["emulation"]["recurs"] is found.recurs

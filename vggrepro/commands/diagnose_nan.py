@@ -191,10 +191,11 @@ def _search(
             budget_seconds=options.budget_seconds,
             progress=progress,
             on_telemetry=seen.append,
-            emulation=emulation,
         )
     except NothingToDiagnose as error:
         raise NothingToDiagnose(error.message, _ending(place) or error.remedy) from None
+    if emulation is not None:
+        diagnosis = emulation.told_in(diagnosis)
     reports = place.reports / f"step-{diagnosis.step:08d}"
     found = _Found(diagnosis, seen[-1], reports)
     progress("writing the report", 0, 0)
