@@ -145,9 +145,10 @@ class VggRun:
         return found
 
     def command(self, change: Change) -> str:
-        changed = counterfactual_changes.changed_config(self.config, change)
-        if not counterfactual_changes.has_option(change) or changed == self.config:
+        multiplies = self._multiply_dtype is not None and change.value == self.config.precision
+        if not counterfactual_changes.has_option(change) or multiplies:
             return ""
+        changed = counterfactual_changes.changed_config(self.config, change)
         names = (field.name for field in dataclasses.fields(TrainConfig))
         # What was changed is said even where it is the default.
         said = {name for name in names if getattr(changed, name) != getattr(self.config, name)}
