@@ -13,8 +13,8 @@ from small_runs import replaced, tiny_config, tiny_network
 from diagnostics.diagnose import diagnose
 from diagnostics.emulation import Emulation, compare, emulated
 from diagnostics.errors import InputError
+from diagnostics.incident import write_incident
 from vggrepro import cli
-from vggrepro.incident_report import save_incident
 from vggrepro.model import forward
 from vggrepro.replay_adapter import VggRun
 from vggrepro.rounded_products import rounded_product
@@ -161,16 +161,13 @@ def failed(request, tmp_path_factory):
     with RunDirectory.create(path, CONFIG.to_dict(), manifest) as run:
         run.telemetry.start(step.layout.columns(), 0)
         run.telemetry.append(0, result.telemetry)
-        save_incident(
-            run,
-            step=0,
-            failed=[c for c, ok in zip(step.layout.checks(), result.passed, strict=True) if not ok],
-            state=state,
-            batch=batch,
-            name_of=str,
-            metrics={},
-            config=CONFIG,
-        )
+        pairs = zip(step.layout.checks(), result.passed, strict=True)
+        record = {
+            "step": 0,
+            "failed_checks": [check._asdict() for check, ok in pairs if not ok],
+            "example_names": ["made up"] * 8,
+        }
+        write_incident(run.incident_directory(0), state=state, batch=batch, record=record)
     return case, path
 
 
