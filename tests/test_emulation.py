@@ -17,7 +17,7 @@ from diagnostics.incident import write_incident
 from vggrepro import cli
 from vggrepro.model import forward
 from vggrepro.replay_adapter import VggRun
-from vggrepro.rounded_products import rounded_product
+from vggrepro.rounded_products import rounding
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_state import initial_state
 from vggrepro.train_step import TrainStep
@@ -72,9 +72,8 @@ def test_a_convolution_sums_products_of_rounded_operands_in_float32(compiled):
         with tf.GradientTape() as tape:
             left, right = tf.constant(images), tf.constant(kernel)
             tape.watch([left, right])
-            made = rounded_product(
-                lambda a, b: tf.nn.conv2d(a, b, 1, "SAME"), left, right, tf.bfloat16
-            )
+            operand, product = rounding(tf.bfloat16)
+            made = product(tf.nn.conv2d(operand(left), operand(right), 1, "SAME"))
         return made, *tape.gradient(made, [left, right], tf.constant(above))
 
     made, to_images, to_kernel = (tf.function(run) if compiled else run)()

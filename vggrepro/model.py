@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.dropout import Dropout
-from vggrepro.rounded_products import rounded_product
+from vggrepro.rounded_products import rounding
 
 # Kernel sides of the convolutions by block; C ends its last three with 1x1 (Table 1).
 KERNELS = {
@@ -280,11 +280,8 @@ def _preactivation(
 ) -> tf.Tensor:
     kernel = tf.cast(parameters[f"{layer.name}/kernel"], values.dtype)
     bias = tf.cast(parameters[f"{layer.name}/bias"], values.dtype)
-    product = _convolution if layer.is_convolution else tf.matmul
-    if multiply_dtype is not None and values.dtype == tf.float32:
-        return tf.nn.bias_add(rounded_product(product, values, kernel, multiply_dtype), bias)
-    return tf.nn.bias_add(product(values, kernel), bias)
-
-
-def _convolution(values: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    return tf.nn.conv2d(values, kernel, 1, "SAME")
+    operand, product = rounding(multiply_dtype if values.dtype == tf.float32 else None)
+    values, kernel = operand(values), operand(kernel)
+    if layer.is_convolution:
+        return tf.nn.bias_add(product(tf.nn.conv2d(values, kernel, 1, "SAME")), bias)
+    return tf.nn.bias_add(product(tf.matmul(values, kernel)), bias)

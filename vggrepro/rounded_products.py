@@ -11,29 +11,30 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-Product = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-Gradient = Callable[[tf.Tensor], tf.Tensor]
+Map = Callable[[tf.Tensor], tf.Tensor]
 
 
-def rounded_product(
-    product: Product, left: tf.Tensor, right: tf.Tensor, dtype: tf.DType
-) -> tf.Tensor:
-    """product(left, right) with every operand rounded to `dtype` (to nearest, ties to even).
+def rounding(dtype: tf.DType | None) -> tuple[Map, Map]:
+    """(operand, product): what to wrap each operand of a product in, and its result.
+
+    product(tf.matmul(operand(a), operand(b))) multiplies numbers rounded to `dtype` (to
+    nearest, ties to even), in the backward pass too; for any bilinear op, of float32.
 
     Args:
-      product: bilinear, as a convolution; its gradient is made of products too.
-      left, right: float32; so is the result, whose own digits are all kept.
+      dtype: None rounds nothing and adds no op.
     """
+    if dtype is None:
+        return lambda values: values, lambda values: values
 
     def rounded(values: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.cast(values, dtype), values.dtype)
 
     @tf.custom_gradient
-    def operand(values: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+    def operand(values: tf.Tensor) -> tuple[tf.Tensor, Map]:
         return rounded(values), lambda upstream: upstream
 
     @tf.custom_gradient
-    def result(values: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+    def product(values: tf.Tensor) -> tuple[tf.Tensor, Map]:
         return tf.identity(values), rounded
 
-    return result(product(operand(left), operand(right)))
+    return operand, product
