@@ -270,7 +270,9 @@ class VggProgram:
             self._step = self._taken_over()
         if self._step is None:
             with tf.device(accelerator.device_name(self._config)):
-                self._step = TrainStep(self._config, self._network, state, self._multiply_dtype)
+                self._step = TrainStep(
+                    self._config, self._network, state, multiply_dtype=self._multiply_dtype
+                )
         else:
             self._step.load(state)
 
