@@ -48,6 +48,8 @@ _STALL_STEPS = 400  # that a fix may take to begin to learn
 _LEAST_STEPS = 30
 # Kinds of change that may set a stalled run in motion.
 _WAKING = ("init", "init_scale", "input_scale", "constant_rate", "optimizer_setting")
+# Arrays whose size says nothing about the health of a run.
+_NO_TENSORS = ("schedule/", "counters/", "loss_scale/", "example_ids")
 
 
 def diagnose(
@@ -327,7 +329,7 @@ def _statistics(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorStats]:
     return {
         name: describe(array)
         for name, array in arrays.items()
-        if array.size and not name.startswith(("schedule/", "counters/", "example_ids"))
+        if array.size and not name.startswith(_NO_TENSORS)
     }
 
 

@@ -35,9 +35,11 @@ class GuardLayout:
 
     Attributes:
       layers: the weight layers in forward order.
+      extra: telemetry columns that only this kind of step has; they come last.
     """
 
     layers: tuple[str, ...]
+    extra: tuple[str, ...] = ()
 
     def checks(self) -> tuple[Check, ...]:
         """All checks in order of execution."""
@@ -57,6 +59,7 @@ class GuardLayout:
         return (
             *SCALAR_COLUMNS,
             *(f"{layer}/{kind}" for kind in LAYER_COLUMNS for layer in self.layers),
+            *self.extra,
         )
 
 

@@ -240,6 +240,20 @@ class ReplayableRun(Protocol):
 
 
 @runtime_checkable
+class Emulates(Protocol):
+    """A run that can be replayed with another machine's arithmetic."""
+
+    def emulating(self, machine: str) -> ReplayableRun:
+        """The same run, whose programs compute so; its `changes` hold the way back, a
+        'precision' of float32.
+
+        Raises:
+          InputError: the machine is not known, or computes this run as it was recorded.
+        """
+        ...
+
+
+@runtime_checkable
 class RepairsFormulas(Protocol):
     """A run whose own formulas can be replayed inside their domain."""
 

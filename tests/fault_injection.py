@@ -203,8 +203,9 @@ def vgg_patches(injector: Injector) -> Iterator[None]:
         with injector.during(self.variables["counters/step"].read_value(), images):
             real_trace(self, images, labels, phase)
 
-    def preactivation(layer, parameters, values):
-        made = injector.apply("forward", layer.name, real_layer(layer, parameters, values))
+    def preactivation(layer, parameters, values, multiply_dtype):
+        real = real_layer(layer, parameters, values, multiply_dtype)
+        made = injector.apply("forward", layer.name, real)
         return injector.apply_backwards(layer.name, made)
 
     def cross_entropy(logits, labels, classes, global_rows):

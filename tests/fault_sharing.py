@@ -29,7 +29,11 @@ class StepPool:
         self._steps: dict[TrainConfig, TrainStep] = {}
 
     def __call__(
-        self, config: TrainConfig, network: Network, state: State | None = None
+        self,
+        config: TrainConfig,
+        network: Network,
+        state: State | None = None,
+        multiply_dtype: None = None,
     ) -> TrainStep:
         step = self._steps.get(compiled_part(config))
         if step is None:

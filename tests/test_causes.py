@@ -623,6 +623,15 @@ def test_float16_overflow_is_precision_when_float32_survives():
     assert cause.kind == "learning_rate"
 
 
+def test_a_failure_that_only_emulated_multiplication_shows_is_precision():
+    before = evidence(
+        facts=facts(precision="float32, multiplied in bfloat16"),
+        first_nonfinite=first("forward", "fc1", "MatMul", kind="inf", inputs=[(0, 9e20), (-9, 9)]),
+    )
+    assert judge(with_replays(before, replay("precision", "float32", True))).kind == "precision"
+    assert judge(with_replays(before, replay("precision", "float32", False))).kind != "precision"
+
+
 def test_momentum_of_one_is_the_optimizer():
     cause = judge(
         evidence(

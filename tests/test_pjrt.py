@@ -21,6 +21,7 @@ from diagnostics.errors import InputError, StoppedByGuard
 from diagnostics.guard_self_test import self_test
 from diagnostics.snapshot import hash_arrays
 from vggrepro import trainer
+from vggrepro.loss_scale import SCALE
 from vggrepro.replay_adapter import VggRun
 from vggrepro.step_state import initial_state
 from vggrepro.train_step import TrainStep
@@ -121,3 +122,22 @@ def test_an_incident_is_diagnosed_on_the_cpu_by_tensorflow(tmp_path):
     assert found.verdict in ("reproduced", "replay_differs")
     assert found.first_nonfinite.stage == "forward"
     assert found.cause.kind == "init"
+
+
+def test_float16_skips_as_tensorflow_does_and_a_nan_is_still_an_incident(make):
+    """Scaled to overflow on all replicas: the update is left out, the scale halves, no more."""
+    config = replaced(CONFIG, precision="float16")
+    step, plain = make(config), TrainStep(config, NETWORK)
+    start = {**initial_state(config, NETWORK), SCALE: np.array(2.0**24, np.float32)}
+    step.load(start)
+    plain.load(start)
+    batch = random_batch(CONFIG)
+    ours, theirs = fed(step, *batch), fed(plain, *batch)
+    named = dict(zip(step.layout.columns(), ours.telemetry.tolist(), strict=True))
+    assert ours.applied and theirs.applied and named["skipped"] == 1
+    assert ours.telemetry == pytest.approx(theirs.telemetry, rel=2e-2, abs=1e-2)
+    assert hash_arrays(step.state()) == hash_arrays(plain.state())
+    assert step.state()[SCALE] == 2.0**23 and step.healthy == [True] * 8
+    step.load({**start, SCALE: np.array(1.0, np.float32)})
+    assert fed(step, *batch).applied and step.state()["counters/step"] == 1
+    assert self_test(step, *map(tf.constant, batch)) == len(step.layout.checks())

@@ -238,11 +238,11 @@ def test_the_self_test_refuses_a_guard_that_is_blind(monkeypatch, blind):
         self_test(TrainStep(CONFIG, NETWORK), tf.constant(images), tf.constant(labels))
 
 
-def _write_anyway(self, seen, gradients, rate, step, armed):
+def _write_anyway(self, seen, gradients, rate, step, armed, at_scale_one):
     norms = tf.zeros([len(self.layout.layers)])
     self._write(gradients, rate, tf.constant(1.0))
     checks = tf.fill([len(self.layout.checks())], False)
-    return tf.constant(True), checks, norms, norms, norms, tf.constant(1.0)
+    return tf.constant(True), checks, norms, norms, norms, tf.constant(1.0), tf.constant(False)
 
 
 def test_a_state_of_another_net_is_refused_by_name(step):

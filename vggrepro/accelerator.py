@@ -15,18 +15,12 @@ def prepare(config: TrainConfig) -> str:
     """Turns on deterministic kernels and names the device that will train.
 
     Raises:
-      InputError: the configuration asks for devices or a precision that this
-        version cannot train on.
+      InputError: the configuration asks for devices that this version cannot train on.
     """
     if config.strategy not in ("auto", "cpu", "pjrt"):
         raise InputError(
             f"strategy '{config.strategy}' is not available in this version",
             "Use --strategy cpu, auto for the first device, or pjrt for all devices of JAX",
-        )
-    if config.precision == "float16":
-        raise InputError(
-            "precision 'float16' needs loss scaling, which this version does not have",
-            "Use --precision float32 or bfloat16",
         )
     if config.strategy == "pjrt":
         # Not op determinism, under which TensorFlow refuses to lower pooling for XLA.

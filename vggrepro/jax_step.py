@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 from jax.experimental import jax2tf
@@ -21,18 +22,20 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diagnostics import guard
-from diagnostics.guard import Forward, GuardLayout
+from diagnostics.guard import Forward
+from vggrepro import loss_scale
 from vggrepro.config import TrainConfig
 from vggrepro.dropout import Dropout
 from vggrepro.evaluation import batch_sums
 from vggrepro.model import Network
 from vggrepro.optimizer import MomentumSGD, RateSettings
 from vggrepro.step_core import loss_and_gradients
+from vggrepro.step_state import guard_layout
 from vggrepro.step_update import gated_update
 
 AXIS = "replica"
 _REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
-GROUPS = ("params", "momentum")
+GROUPS = ("params", "momentum", "loss_scale")
 DEVICE_COUNTERS = ("counters/step", "schedule/drops")  # of the state, what the update reads
 
 
@@ -46,7 +49,7 @@ class ShardedStep:
 
     def __init__(self, config: TrainConfig, network: Network, devices: np.ndarray) -> None:
         self.config, self.network = config, network
-        self.layout = GuardLayout(tuple(layer.name for layer in network.weight_layers))
+        self.layout = guard_layout(config, network)
         self.mesh = Mesh(np.asarray(devices).reshape(-1), (AXIS,))
         self.replicas = self.mesh.devices.size
         self.rows = config.batch_size // self.replicas
@@ -79,8 +82,12 @@ class ShardedStep:
         side = self.network.image_size
         shapes = self.network.parameter_shapes()
         state: dict[str, tuple[tuple[int, ...], Any]] = {
-            f"{group}/{n}": (s, np.float32) for group in GROUPS for n, s in shapes.items()
+            f"{group}/{n}": (s, np.float32)
+            for group in ("params", "momentum")
+            for n, s in shapes.items()
         }
+        scaling = loss_scale.initial_loss_scale(self.config.precision)
+        state |= {name: ((), value.dtype) for name, value in scaling.items()}
         state |= dict.fromkeys(DEVICE_COUNTERS, ((), np.int32))
 
         def spec(shape: tuple[int, ...], kind: Any, where: PartitionSpec) -> Any:
@@ -112,13 +119,27 @@ class ShardedStep:
         first_row = jax.lax.axis_index(AXIS) * self.rows
         parameters = [state[f"params/{name}"] for name in self._names]
         core = _tensorflow(self._core)
-        extremes, valid, preactivations, sums, healthy, *gradients = core(
-            parameters, images, labels, state["counters/step"], first_row
-        )
-        sums, gradients = self._all_reduce((sums, gradients))
-        seen = jax.lax.all_gather((extremes, valid, preactivations, healthy), AXIS)
+
+        def computed(scale: Any) -> tuple[Any, Any]:
+            """(what the guard saw on each replica, sums and gradients of the global batch)."""
+            *seen, sums, gradients = core(
+                parameters, images, labels, state["counters/step"], first_row, scale
+            )
+            return jax.lax.all_gather(seen, AXIS), self._all_reduce((sums, gradients))
+
+        overflow = None
+        if loss_scale.SCALE in state:
+            seen, reduced = computed(state[loss_scale.SCALE])
+            overflow = ~_all_finite(reduced[1])
+            # The same on every replica, so that all of them take the branch.
+            seen, reduced = jax.lax.cond(
+                overflow, lambda: computed(np.float32(1)), lambda: (seen, reduced)
+            )
+        else:
+            seen, reduced = computed(None)
+        *seen, healthy = seen
         update = _tensorflow(self._update)
-        return (*update(state, refused, rate, *seen[:3], sums, gradients), seen[3])
+        return (*update(state, refused, rate, *seen, *reduced, overflow), healthy)
 
     def _all_reduce(self, values: Any) -> Any:
         """The sum over the replicas, with the same bits every time."""
@@ -128,7 +149,7 @@ class ShardedStep:
         return jax.tree.map(lambda value: jax.lax.all_gather(value, AXIS).sum(axis=0), values)
 
     def _core(
-        self, parameters: Any, images: Any, labels: Any, step: Any, first_row: Any
+        self, parameters: Any, images: Any, labels: Any, step: Any, first_row: Any, scale: Any
     ) -> tuple[Any, ...]:
         """TensorFlow: this replica's share of loss and gradients, and what the guard saw."""
         batch = self.config.batch_size
@@ -140,6 +161,7 @@ class ShardedStep:
             dropout=Dropout.of_step(self.config.dropout, self.config.seed, step, first_row),
             compute_dtype=tf.as_dtype(self.config.precision),
             global_rows=batch,
+            loss_scale=scale,
             extremes=guard.checked_extremes,
         )
         seen, gradients = core.forward, core.gradients
@@ -151,9 +173,9 @@ class ShardedStep:
             seen.input_extremes,
             seen.labels_valid,
             seen.preactivation_extremes,
-            sums,
             healthy,
-            *gradients,
+            sums,
+            gradients,
         )
 
     def _update(
@@ -166,6 +188,7 @@ class ShardedStep:
         preactivations: Any,
         sums: Any,
         gradients: Any,
+        overflow: Any,
     ) -> tuple[Any, ...]:
         """TensorFlow: verdict and update of the global batch; the same on every replica."""
         seen = Forward(
@@ -182,8 +205,13 @@ class ShardedStep:
                 seen,
                 gradients,
                 (sums[1], sums[2]),
+                overflow,
             )
         )
+
+
+def _all_finite(arrays: Any) -> Any:
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def _evaluation(

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.dropout import Dropout
+from vggrepro.rounded_products import rounding
 
 # Kernel sides of the convolutions by block; C ends its last three with 1x1 (Table 1).
 KERNELS = {
@@ -230,6 +231,7 @@ def forward(
     *,
     dropout: Dropout | None = None,
     observe: Observer | None = None,
+    multiply_dtype: tf.DType | None = None,
 ) -> tf.Tensor:
     """Runs the net; each layer's ops lie in a name scope of its name.
 
@@ -240,6 +242,8 @@ def forward(
       dropout: None for inference.
       observe: called with (layer, pre-activation) of every weight layer, in
         order of execution.
+      multiply_dtype: float32 operands of every convolution and matrix product are rounded
+        to it (`vggrepro.rounded_products`).
 
     Returns:
       float32 logits [N, classes].
@@ -248,7 +252,7 @@ def forward(
     for index, layer in enumerate(network.layers):
         with tf.name_scope(layer.name):
             if isinstance(layer, WeightLayer):
-                values = _preactivation(layer, parameters, values)
+                values = _preactivation(layer, parameters, values, multiply_dtype)
                 if observe is not None:
                     observe(layer.name, values)
                 if layer.relu:
@@ -258,18 +262,26 @@ def forward(
             elif isinstance(layer, PoolLayer):
                 values = tf.nn.max_pool2d(values, 2, 2, "SAME" if layer.round_up else "VALID")
             elif isinstance(layer, ResponseNormalization):
-                # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n.
-                values = tf.nn.local_response_normalization(values, 2, 2.0, 1e-4, 0.75)
+                # depth_radius=2 spans n=5 maps; TensorFlow does not divide alpha by n. In
+                # float32: float16 squares overflow from 256 on, bfloat16 has no kernel on CPUs.
+                wide = tf.cast(values, tf.float32)
+                wide = tf.nn.local_response_normalization(wide, 2, 2.0, 1e-4, 0.75)
+                values = tf.cast(wide, values.dtype)
             else:
                 values = tf.reshape(values, [-1, math.prod(values.shape[1:])])
     return tf.cast(values, tf.float32)
 
 
 def _preactivation(
-    layer: WeightLayer, parameters: Mapping[str, tf.Tensor], values: tf.Tensor
+    layer: WeightLayer,
+    parameters: Mapping[str, tf.Tensor],
+    values: tf.Tensor,
+    multiply_dtype: tf.DType | None,
 ) -> tf.Tensor:
     kernel = tf.cast(parameters[f"{layer.name}/kernel"], values.dtype)
     bias = tf.cast(parameters[f"{layer.name}/bias"], values.dtype)
+    operand, product = rounding(multiply_dtype if values.dtype == tf.float32 else None)
+    values, kernel = operand(values), operand(kernel)
     if layer.is_convolution:
-        return tf.nn.bias_add(tf.nn.conv2d(values, kernel, 1, "SAME"), bias)
-    return tf.nn.bias_add(tf.matmul(values, kernel), bias)
+        return tf.nn.bias_add(product(tf.nn.conv2d(values, kernel, 1, "SAME")), bias)
+    return tf.nn.bias_add(product(tf.matmul(values, kernel)), bias)

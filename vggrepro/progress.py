@@ -26,7 +26,7 @@ LINES_PER_RUN = 100  # about: the time between two lines grows with the run
 SMOOTHED_STEPS = 20
 SMOOTHED = ("loss", "top1_accuracy", "images_per_second", "data_wait_share")
 WIDE_COLUMNS = 110
-LOW_HEADROOM_BITS = 24.0
+LOW_HEADROOM_BITS, LOW_HEADROOM_BITS_FLOAT16 = 24.0, 4.0  # of 128 bits, of 16
 
 
 class _Console(Console):
@@ -56,6 +56,8 @@ class ProgressDisplay(Hook):
         self._steps = 0
         self._step = 0
         self._checkpoint = 0
+        self._skipped = 0
+        self._low_headroom = LOW_HEADROOM_BITS
         self._first: tuple[int, float] | None = None  # first step of this process, when it ended
         self._next_draw = 0.0
 
@@ -72,6 +74,8 @@ class ProgressDisplay(Hook):
     ) -> None:
         self._steps = config.steps
         self._checkpoint = first_step
+        if config.precision == "float16":
+            self._low_headroom = LOW_HEADROOM_BITS_FLOAT16
         for line in start_lines(run, config, first_step, info):
             self._print(line)
 
@@ -79,6 +83,7 @@ class ProgressDisplay(Hook):
         now = self._clock()
         self._step = step
         self._window.append(metrics)
+        self._skipped += int(metrics.get("skipped", 0))
         if self._first is None:
             self._first = (step, now)
         if now < self._next_draw and step + 1 < self._steps:
@@ -148,6 +153,10 @@ class ProgressDisplay(Hook):
         for name in SMOOTHED:
             last[name] = sum(metrics[name] for metrics in self._window) / len(self._window)
         headroom = last["headroom"]
+        scaling = []
+        if "loss_scale" in last:
+            said = f"{last['loss_scale']:,.0f}, {self._skipped} skipped"
+            scaling.append(("loss scale", Text(said)))
         return [
             ("loss", Text(f"{last['loss']:.4g}")),
             ("top-1", Text(f"{100 * last['top1_accuracy']:.1f} %")),
@@ -155,11 +164,12 @@ class ProgressDisplay(Hook):
             ("lr", Text(f"{last['lr']:.3g}")),
             ("images/s", Text(f"{last['images_per_second']:,.0f}")),
             ("data wait", Text(f"{100 * last['data_wait_share']:.0f} %")),
+            *scaling,
             (
                 "headroom",
                 Text(
                     f"{headroom:.0f} bits {last['headroom_layer']}",
-                    style="bold red" if headroom < LOW_HEADROOM_BITS else "",
+                    style="bold red" if headroom < self._low_headroom else "",
                 ),
             ),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from diagnostics.protocol import (
     Telemetry,
 )
 from diagnostics.snapshot import hash_arrays
-from vggrepro import accelerator, counterfactual_changes, inheritance
+from vggrepro import accelerator, counterfactual_changes, inheritance, loss_scale
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import command_line
 from vggrepro.data_source import DataSource, open_data
@@ -55,6 +56,7 @@ class VggRun:
         self.facts = run_facts(self.config, self.network)
         self._data, self._data_error = self._open_data()
         self._spare_steps: list[TrainStep] = []
+        self._multiply_dtype: tf.DType | None = None
         self._telemetry: Telemetry | None = None
         self._unread = ""
 
@@ -111,17 +113,40 @@ class VggRun:
 
     def program(self, change: Change | None = None) -> VggProgram:
         config = counterfactual_changes.changed_config(self.config, change)
-        return VggProgram(config, change, self._validation_errors(), self._spare_steps)
+        exact = change is not None and change.kind == "precision"
+        return VggProgram(
+            config,
+            change,
+            self._validation_errors(),
+            self._spare_steps,
+            None if exact else self._multiply_dtype,
+        )
+
+    def emulating(self, machine: str) -> VggRun:
+        """Implements `diagnostics.protocol.Emulates`: float32 products as on a TPU."""
+        if machine != "tpu" or self.config.precision != "float32":
+            raise InputError(
+                f"--emulate {machine} changes nothing of {self.name}, which computes in "
+                f"{self.config.precision}",
+                "A TPU multiplies only float32 in another way; leave out --emulate",
+            )
+        twin = copy.copy(self)
+        twin._multiply_dtype = tf.bfloat16
+        twin.facts = dataclasses.replace(self.facts, precision="float32, multiplied in bfloat16")
+        return twin
 
     def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
         found = counterfactual_changes.candidates(self.config, self.facts, step, suspects)
+        if self._multiply_dtype is not None:
+            found.append(Change("precision", "float32", "multiplied in float32", rank=4))
         rows = (self._manifest.get("inheritance") or {}).get("layers", ())
         if rows and all(row["origin"] == "copied" for row in rows):
             return [change for change in found if change.kind != "init"]  # nothing is drawn
         return found
 
     def command(self, change: Change) -> str:
-        if not counterfactual_changes.has_option(change):
+        multiplies = self._multiply_dtype is not None and change.value == self.config.precision
+        if not counterfactual_changes.has_option(change) or multiplies:
             return ""
         changed = counterfactual_changes.changed_config(self.config, change)
         names = (field.name for field in dataclasses.fields(TrainConfig))
@@ -134,6 +159,11 @@ class VggRun:
 
     def conditions(self) -> Sequence[str]:
         found = list(differences(self.environment(), describe_environment()))
+        if self._multiply_dtype is not None:
+            found.append(
+                "convolutions and matrix products round their operands to bfloat16 here, as a "
+                "TPU does by default; bits are neither the recorded ones nor the TPU's"
+            )
         found += self._device_condition() + self._data_conditions()
         found += self._initial_weights_condition()
         return [*found, *dict.fromkeys(self._directory.warnings)]
@@ -215,6 +245,7 @@ class VggProgram:
       validation_errors: top-1 errors by completed steps, as recorded; they drive
         the learning rate's plateau rule, so that no validation is run again.
       spare: compiled steps that released programs left; one is taken if it fits.
+      multiply_dtype: as `TrainStep`.
     """
 
     def __init__(
@@ -223,19 +254,25 @@ class VggProgram:
         change: Change | None,
         validation_errors: Mapping[int, float],
         spare: list[TrainStep],
+        multiply_dtype: tf.DType | None = None,
     ) -> None:
         self._config, self._change = config, change
+        self._multiply_dtype = multiply_dtype
         self._validation_errors = validation_errors
         self._spare = spare
         self._network = _network(config)
         self._step: TrainStep | None = None
 
     def load(self, state: State) -> None:
+        # A state recorded in another precision: float16's has a loss scale.
+        state = loss_scale.state_for(self._config.precision, state)
         if self._step is None:
             self._step = self._taken_over()
         if self._step is None:
             with tf.device(accelerator.device_name(self._config)):
-                self._step = TrainStep(self._config, self._network, state)
+                self._step = TrainStep(
+                    self._config, self._network, state, multiply_dtype=self._multiply_dtype
+                )
         else:
             self._step.load(state)
 
@@ -263,11 +300,13 @@ class VggProgram:
         self._step = None
 
     def _taken_over(self) -> TrainStep | None:
-        if self._spare and compiled_part(self._spare[0].config) == compiled_part(self._config):
-            step = self._spare.pop()
-            step.reconfigure(self._config)
-            return step
-        return None
+        if not self._spare or self._spare[0].multiply_dtype != self._multiply_dtype:
+            return None
+        if compiled_part(self._spare[0].config) != compiled_part(self._config):
+            return None
+        step = self._spare.pop()
+        step.reconfigure(self._config)
+        return step
 
     def _ready(self, step: int) -> TrainStep:
         """The compiled step, after the validation that came before it."""

@@ -40,6 +40,8 @@ def loss_and_gradients(
     dropout: Dropout | None,
     compute_dtype: tf.DType = tf.float32,
     global_rows: int,
+    multiply_dtype: tf.DType | None = None,
+    loss_scale: tf.Tensor | None = None,
     phase: Callable[[str], None] = lambda name: None,
     extremes: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> CoreResult:
@@ -50,8 +52,12 @@ def loss_and_gradients(
       images: float32 [rows, side, side, 3]; labels: int32 [rows].
       dropout: the masks of this step, or None.
       compute_dtype: type of activations; the loss is float32.
+      multiply_dtype: as `model.forward`; rounds in the backward pass too.
       global_rows: the loss is the sum over the rows divided by this, so that
         the sum over replicas is the mean over the global batch.
+      loss_scale: float32; the backward pass computes the gradients of loss_scale * loss, which
+        are divided by it in float32. The product itself, which may overflow, is never formed.
+        None: 1.
       phase: told 'forward', 'loss' and 'backward' as each begins.
       extremes: what reads inputs and pre-activations, `guard.extremes` if None; XLA needs
         `guard.checked_extremes`.
@@ -68,11 +74,14 @@ def loss_and_gradients(
             tf.cast(images, compute_dtype),
             dropout=dropout,
             observe=lambda layer, values: seen.append(extremes(values)),
+            multiply_dtype=multiply_dtype,
         )
         phase("loss")
         loss, labels_valid = cross_entropy(logits, labels, network.classes, global_rows)
     phase("backward")
-    gradients = tape.gradient(loss, list(parameters.values()))
+    gradients = tape.gradient(loss, list(parameters.values()), loss_scale)
+    if loss_scale is not None:
+        gradients = [gradient / loss_scale for gradient in gradients]
     top1, top5 = _correct(logits, labels)
     return CoreResult(Forward(pair, labels_valid, tf.stack(seen), loss), gradients, top1, top5)
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from diagnostics.guard import SCALAR_COLUMNS, GuardLayout
 
-_LARGEST = float(np.log2(np.finfo(np.float32).max))
 _WINDOW = 20
 ON_THE_CLOCK = ("images_per_second", "data_wait_share")  # what no replay repeats
 
@@ -21,10 +21,12 @@ class StepMetrics:
 
     Args:
       batch_size: examples a step, for images per second.
+      precision: type of pre-activations, for their headroom.
     """
 
-    def __init__(self, layout: GuardLayout, batch_size: int) -> None:
-        self._layers = layout.layers
+    def __init__(self, layout: GuardLayout, batch_size: int, precision: str = "float32") -> None:
+        self._layers, self._extra = layout.layers, layout.extra
+        self._largest = float(np.log2(float(tf.as_dtype(precision).max)))
         self._columns = layout.columns()
         self._batch_size = batch_size
         self._times: deque[float] = deque(maxlen=_WINDOW + 1)
@@ -52,8 +54,8 @@ class StepMetrics:
 
         Returns:
           The telemetry by column name, plus per layer `preactivation_absmax`;
-          `headroom` in bits (log2 of the largest float32 over the largest
-          pre-activation) with `headroom_layer`; `input_absmax`;
+          `headroom` in bits (log2 of the largest number of the compute type over
+          the largest pre-activation) with `headroom_layer`; `input_absmax`;
           `images_per_second` and `data_wait_share` over the last 20 steps.
         """
         named: dict[str, Any] = dict(zip(self._columns, telemetry.tolist(), strict=True))
@@ -63,7 +65,8 @@ class StepMetrics:
             )
         named["input_absmax"] = _absmax(named["input_max"], named["input_min"])
         named["headroom"], named["headroom_layer"] = min(
-            (headroom(named[f"{layer}/preactivation_absmax"]), layer) for layer in self._layers
+            (headroom(named[f"{layer}/preactivation_absmax"], self._largest), layer)
+            for layer in self._layers
         )
         elapsed = max(self._times[-1] - self._times[0], 1e-9)
         steps = len(self._times) - 1
@@ -73,15 +76,19 @@ class StepMetrics:
 
     def brief(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The part for metrics.jsonl; per-layer numbers are in telemetry/."""
-        names = (*SCALAR_COLUMNS, "headroom", "headroom_layer", *ON_THE_CLOCK)
+        names = (*SCALAR_COLUMNS, *self._extra, "headroom", "headroom_layer", *ON_THE_CLOCK)
         return {name: metrics[name] for name in names}
 
 
-def headroom(absmax: float) -> float:
-    """Bits between a float32 absolute maximum and overflow; 0 for a non-finite one."""
+def headroom(absmax: float, largest: float) -> float:
+    """Bits between an absolute maximum and overflow; 0 for a non-finite one.
+
+    Args:
+      largest: log2 of the largest finite number.
+    """
     if not np.isfinite(absmax):
         return 0.0
-    return _LARGEST - float(np.log2(absmax)) if absmax > 0 else 2 * _LARGEST
+    return largest - float(np.log2(absmax)) if absmax > 0 else 2 * largest
 
 
 def _absmax(maximum: float, minimum: float) -> float:

@@ -13,6 +13,7 @@ from diagnostics.errors import InputError
 from diagnostics.guard import GuardLayout, StepResult
 from vggrepro.config import TrainConfig
 from vggrepro.initializers import initial_parameters
+from vggrepro.loss_scale import COLUMNS, has_loss_scale, initial_loss_scale
 from vggrepro.model import Network
 from vggrepro.optimizer import PlateauSchedule
 
@@ -36,7 +37,7 @@ class StepState:
     def __init__(self, config: TrainConfig, network: Network) -> None:
         self.config = config
         self.network = network
-        self.layout = GuardLayout(tuple(layer.name for layer in network.weight_layers))
+        self.layout = guard_layout(config, network)
         self._names = tuple(network.parameter_shapes())
 
     def reconfigure(self, config: TrainConfig) -> None:
@@ -111,6 +112,12 @@ class StepState:
         raise NotImplementedError
 
 
+def guard_layout(config: TrainConfig, network: Network) -> GuardLayout:
+    """What a step of this configuration checks and records."""
+    extra = COLUMNS if has_loss_scale(config.precision) else ()
+    return GuardLayout(tuple(layer.name for layer in network.weight_layers), extra)
+
+
 def rate_settings(config: TrainConfig) -> list[float]:
     """What a compiled step reads of the learning rate: base, warm-up steps."""
     return [config.lr, float(config.warmup_steps)]
@@ -135,6 +142,8 @@ def compiled_part(config: TrainConfig) -> TrainConfig:
 def initial_state(config: TrainConfig, network: Network, inherited: State | None = None) -> State:
     """Step 0's state: drawn or inherited weights, zero momentum, a fresh schedule, step 0.
 
+    float16 has a loss scale besides.
+
     Args:
       inherited: '<layer>/kernel' and '<layer>/bias' of the layers that are not drawn;
         must be given where the configuration inherits (`vggrepro.inheritance`).
@@ -146,6 +155,7 @@ def initial_state(config: TrainConfig, network: Network, inherited: State | None
         **{f"params/{name}": value for name, value in parameters.items()},
         **{f"momentum/{name}": np.zeros_like(value) for name, value in parameters.items()},
         **PlateauSchedule.initial_state(),
+        **initial_loss_scale(config.precision),
         "counters/step": np.array(0, np.int64),
         "counters/evaluated_at": np.array(0, np.int64),
     }

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from diagnostics import guard
 from diagnostics.guard import Forward, GuardLayout
+from vggrepro import loss_scale
 from vggrepro.optimizer import MomentumSGD, RateSettings, learning_rate
 
 PARTS = ("kernel", "bias")
@@ -48,6 +49,7 @@ class Updated(NamedTuple):
 
     Attributes:
       state: the new state; the old one, bit for bit, if anything was not finite.
+      applied: whether the step was taken; true of a skip too.
       refused: int32, the first step that was refused; NOT_REFUSED before.
     """
 
@@ -106,11 +108,13 @@ def telemetry_row(
     accuracies: Sequence[tf.Tensor],
     rate: tf.Tensor,
     norms: Norms,
+    extra: Sequence[tf.Tensor] = (),
 ) -> tf.Tensor:
     """float32 [columns], in the order of `GuardLayout.columns`.
 
     Args:
       accuracies: top-1 and top-5, shares of the global batch.
+      extra: float32 scalars, of `GuardLayout.extra`.
     """
     moved = norms.velocities if optimizer.form == "caffe" else norms.velocities * rate
     scalars = [seen.loss, *accuracies, rate, norms.all_gradients, *tf.unstack(seen.input_extremes)]
@@ -122,6 +126,7 @@ def telemetry_row(
             norms.gradients,
             norms.weights,
             tf.math.divide_no_nan(moved, norms.weights),
+            *([tf.stack(list(extra))] if extra else []),
         ],
         axis=0,
     )
@@ -136,12 +141,16 @@ def gated_update(
     seen: Forward,
     gradients: Sequence[tf.Tensor],
     accuracies: Sequence[tf.Tensor],
+    overflow: tf.Tensor | None = None,
 ) -> Updated:
     """The new state if all is finite and no step was refused before, else the old one.
 
     Args:
       state: named tensors as `TrainStep.state`; counters may be int32.
       seen, gradients, accuracies: of the global batch.
+      overflow: of a state with a loss scale, whether the gradients at that scale were not
+        finite; `gradients` are then those at scale 1, and if all is finite with them, only
+        the step counter and the loss scale change: a skip.
     """
     names = [f"{layer}/{part}" for layer in layout.layers for part in PARTS]
     weights = [state[f"params/{name}"] for name in names]
@@ -151,10 +160,17 @@ def gated_update(
     judged = judge(optimizer, names, seen, gradients, weights, velocities, rate)
     armed = tf.equal(refused, NOT_REFUSED)
     applied = tf.logical_and(armed, tf.reduce_all(judged.passed))
-    new = dict(state)
+    written, new = applied, dict(state)
+    extra: list[tf.Tensor] = []
+    if overflow is not None:
+        skipped = tf.logical_and(applied, overflow)
+        written = tf.logical_and(applied, tf.logical_not(overflow))
+        scaled = loss_scale.after_step(state, skipped)
+        new |= {name: tf.where(applied, value, state[name]) for name, value in scaled.items()}
+        extra = loss_scale.telemetry_of(state[loss_scale.SCALE], skipped)
     for name, (weight, velocity) in zip(names, judged.proposals, strict=True):
-        new[f"params/{name}"] = tf.where(applied, weight, state[f"params/{name}"])
-        new[f"momentum/{name}"] = tf.where(applied, velocity, state[f"momentum/{name}"])
+        new[f"params/{name}"] = tf.where(written, weight, state[f"params/{name}"])
+        new[f"momentum/{name}"] = tf.where(written, velocity, state[f"momentum/{name}"])
     new["counters/step"] = step + tf.cast(applied, step.dtype)
     stopped = tf.logical_and(armed, tf.logical_not(applied))
     return Updated(
@@ -162,5 +178,5 @@ def gated_update(
         tf.where(stopped, tf.cast(step, refused.dtype), refused),
         applied,
         judged.passed,
-        telemetry_row(optimizer, seen, accuracies, rate, judged.norms),
+        telemetry_row(optimizer, seen, accuracies, rate, judged.norms, extra),
     )

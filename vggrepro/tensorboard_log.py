@@ -52,6 +52,8 @@ TAGS = {
     "lr": "batch/learning_rate",
     "grad_norm": "numerics/gradient_norm",
     "headroom": "numerics/headroom_bits",
+    "loss_scale": "numerics/loss_scale",
+    "skipped": "numerics/skipped_by_loss_scale",
     "input_absmax": "numerics/input_absmax",
     "images_per_second": "speed/images_per_second",
     "data_wait_share": "speed/data_wait_share",

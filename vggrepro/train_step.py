@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from diagnostics import guard
 from diagnostics.guard import Forward, StepResult
+from vggrepro import loss_scale
 from vggrepro.config import TrainConfig
 from vggrepro.dropout import Dropout
 from vggrepro.model import Network
@@ -27,17 +28,27 @@ class TrainStep(StepState):
     """The guarded step and the state it owns on the device.
 
     Calling it with a batch runs one step. If anything is not finite, nothing is
-    written and every later call is refused until `rearm`.
+    written and every later call is refused until `rearm`. A skip of float16's loss scale
+    (`vggrepro.loss_scale`) is a step taken without a change of weights and momentum.
 
     Args:
       config: `classes` must be set.
       state: named arrays as `state()` returns them; None draws initial weights.
+      multiply_dtype: of a replay that imitates a TPU, as `model.forward`.
     """
 
-    def __init__(self, config: TrainConfig, network: Network, state: State | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: Network,
+        state: State | None = None,
+        multiply_dtype: tf.DType | None = None,
+    ) -> None:
         super().__init__(config, network)
+        self.multiply_dtype = multiply_dtype
         self._optimizer = MomentumSGD.from_config(config)
         self._compute_dtype = tf.as_dtype(config.precision)
+        self._scaled = loss_scale.has_loss_scale(config.precision)
         start = initial_state(config, network) if state is None else state
         self.variables = {
             name: tf.Variable(value, trainable=False, name=name.replace("/", "_"))
@@ -99,33 +110,41 @@ class TrainStep(StepState):
 
     def _step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
         step = self.variables["counters/step"].read_value()
-        rows = images.shape[0]
-        core = loss_and_gradients(
+        if not self._scaled:
+            core = self._core(images, labels, step)
+            return self._gated_update(core, step, images.shape[0])
+        scale = self.variables[loss_scale.SCALE].read_value()
+        return self._gated_update(
+            self._core(images, labels, step, loss_scale=scale),
+            step,
+            images.shape[0],
+            lambda: self._core(images, labels, step).gradients,
+        )
+
+    def _core(
+        self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, **options: Any
+    ) -> CoreResult:
+        return loss_and_gradients(
             self.network,
             self._parameter_tensors(),
             images,
             labels,
             dropout=Dropout.of_step(self.config.dropout, self.config.seed, step),
             compute_dtype=self._compute_dtype,
-            global_rows=rows,
+            multiply_dtype=self.multiply_dtype,
+            global_rows=images.shape[0],
+            **options,
         )
-        return self._gated_update(core, step, rows)
 
     def run_op_by_op(
         self, images: tf.Tensor, labels: tf.Tensor, phase: Callable[[str], None]
     ) -> None:
-        """The same step eagerly, for a tracer; computes the update but writes nothing."""
-        step, rows = self.variables["counters/step"].read_value(), images.shape[0]
-        core = loss_and_gradients(
-            self.network,
-            self._parameter_tensors(),
-            images,
-            labels,
-            dropout=Dropout.of_step(self.config.dropout, self.config.seed, step),
-            compute_dtype=self._compute_dtype,
-            global_rows=rows,
-            phase=phase,
-        )
+        """The same step eagerly, for a tracer; computes the update but writes nothing.
+
+        At loss scale 1: what is not finite there is what makes an incident.
+        """
+        step = self.variables["counters/step"].read_value()
+        core = self._core(images, labels, step, phase=phase)
         phase("update")
         rate = self._learning_rate(step)
         scale = self._optimizer.clip_scale(guard.exact_norm(core.gradients))
@@ -136,10 +155,19 @@ class TrainStep(StepState):
                 self._optimizer.proposal(name, weight, velocity, gradient, rate, scale)
 
     def _gated_update(
-        self, core: CoreResult, step: tf.Tensor, rows: int
+        self,
+        core: CoreResult,
+        step: tf.Tensor,
+        rows: int,
+        at_scale_one: Callable[[], list[tf.Tensor]] | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """(applied, passed, telemetry); writes the new state only if all is finite."""
+        """(applied, passed, telemetry); writes the new state only if all is finite.
+
+        Args:
+          at_scale_one: where gradients were scaled, computes them anew without.
+        """
         rate = self._learning_rate(step)
+        scale = self.variables[loss_scale.SCALE].read_value() if self._scaled else None
         gradients = dict(zip(self._names, core.gradients, strict=True))
         gradient_norms = tf.sqrt(guard.squares(by_layer(core.gradients)))
         weight_norms = tf.sqrt(guard.squares(by_layer(self._tensors("params"))))
@@ -154,15 +182,18 @@ class TrainStep(StepState):
             global_norm = tf.norm(gradient_norms)
             self._write(gradients, rate, global_norm)
             norms = Norms(gradient_norms, weight_norms, velocity_norms, global_norm)
-            return tf.constant(True), passed, *norms
+            return tf.constant(True), passed, *norms, tf.constant(False)
 
         def careful() -> tuple[tf.Tensor, ...]:
-            return self._careful_update(core.forward, gradients, rate, step, armed)
+            return self._careful_update(core.forward, gradients, rate, step, armed, at_scale_one)
 
         clear = tf.logical_and(armed, tf.reduce_all(passed))
-        applied, passed, *norms = tf.cond(clear, fast, careful)
+        applied, passed, *norms, skipped = tf.cond(clear, fast, careful)
         accuracies = (core.top1 / rows, core.top5 / rows)
-        telemetry = telemetry_row(self._optimizer, core.forward, accuracies, rate, Norms(*norms))
+        extra = () if scale is None else loss_scale.telemetry_of(scale, skipped)
+        telemetry = telemetry_row(
+            self._optimizer, core.forward, accuracies, rate, Norms(*norms), extra
+        )
         return applied, passed, telemetry
 
     def _learning_rate(self, step: tf.Tensor) -> tf.Tensor:
@@ -183,7 +214,14 @@ class TrainStep(StepState):
                 rate,
                 scale,
             )
+        self._advance(skipped=False)
+
+    def _advance(self, skipped: bool) -> None:
         self.variables["counters/step"].assign_add(1)
+        if self._scaled:
+            scaling = loss_scale.after_step(self.variables, tf.constant(skipped))
+            for name, value in scaling.items():
+                self.variables[name].assign(value)
 
     def _careful_update(
         self,
@@ -192,13 +230,22 @@ class TrainStep(StepState):
         rate: tf.Tensor,
         step: tf.Tensor,
         armed: tf.Tensor,
+        at_scale_one: Callable[[], list[tf.Tensor]] | None = None,
     ) -> tuple[tf.Tensor, ...]:
-        """Looks at every element; applies the update if only a norm had overflowed."""
+        """Looks at every element; applies the update if only a norm had overflowed.
+
+        Gradients that overflowed at their loss scale are judged by those at scale 1, which
+        decide between a skip and a refusal; they are never written.
+        """
+        judged_by, overflow = list(gradients.values()), tf.constant(False)
+        if at_scale_one is not None:
+            overflow = loss_scale.overflowed(judged_by)
+            judged_by = tf.cond(overflow, at_scale_one, lambda: list(gradients.values()))
         judged = judge(
             self._optimizer,
             self._names,
             seen,
-            list(gradients.values()),
+            judged_by,
             self._tensors("params"),
             self._tensors("momentum"),
             rate,
@@ -208,9 +255,16 @@ class TrainStep(StepState):
             self._write(gradients, rate, judged.norms.all_gradients)
             return tf.constant(True)
 
+        def skip() -> tf.Tensor:
+            self._advance(skipped=True)
+            return tf.constant(True)
+
         def refuse() -> tf.Tensor:
             self._refused.assign(tf.where(armed, step, self._refused.read_value()))
             return tf.constant(False)
 
-        applied = tf.cond(tf.logical_and(armed, tf.reduce_all(judged.passed)), write, refuse)
-        return applied, judged.passed, *judged.norms
+        def take() -> tf.Tensor:
+            return write() if at_scale_one is None else tf.cond(overflow, skip, write)
+
+        applied = tf.cond(tf.logical_and(armed, tf.reduce_all(judged.passed)), take, refuse)
+        return applied, judged.passed, *judged.norms, tf.logical_and(applied, overflow)

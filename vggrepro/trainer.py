@@ -197,7 +197,7 @@ class _Session:
             state = initial_state(config, network, inherited)
         self._step = training_step(config, network, state)
         self._now = checkpoint[0] if checkpoint else 0
-        self._metrics = StepMetrics(self._step.layout, config.batch_size)
+        self._metrics = StepMetrics(self._step.layout, config.batch_size, config.precision)
         self._divergence = DivergenceWatch()
         self._stall = StallWatch(run_facts(config, network))
         self._evaluator = evaluator(self._step)

@@ -140,7 +140,7 @@ class _Replay:
             validator = evaluator(step)
             if start == 0:
                 self._check_weights(0, "initial_weights_sha256", step)
-            metrics = StepMetrics(step.layout, self._config.batch_size)
+            metrics = StepMetrics(step.layout, self._config.batch_size, self._config.precision)
             metrics.start_clock()
             batches = iter(data.training.stream(start))
             for now in range(start, end + 1):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diagnostics.diagnosis import Diagnosis
+    from diagnostics.emulation import Emulation
     from diagnostics.examine import HealthyStep, Progress
     from diagnostics.protocol import ReplayableRun, Telemetry
 
@@ -69,6 +70,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="MODULE",
         help="module with the custom objects of a Keras run; may be repeated",
     )
+    parser.add_argument(
+        "--emulate",
+        choices=["tpu"],
+        help="replay a float32 run as a TPU multiplies: operands of convolutions and matrix "
+        "products rounded to bfloat16; says whether the failure appears only so",
+    )
     parser.add_argument("--json", action="store_true", help="print diagnosis.json, nothing else")
     parser.set_defaults(run=run)
 
@@ -116,7 +123,7 @@ class _Found:
 
 
 def _diagnose(place: _Place, options: argparse.Namespace) -> int:
-    from diagnostics.examine import examine
+    from diagnostics.emulation import compare
     from vggrepro.replay_progress import ReplayProgress
 
     target = open_run(place.directory, options.imports)
@@ -124,10 +131,13 @@ def _diagnose(place: _Place, options: argparse.Namespace) -> int:
     _check_bundle_option(target, options)
     asked = options.step is not None and options.step != target.incident_step()
     with ReplayProgress(quiet=options.json) as progress:
-        healthy = examine(target, options.step, progress) if asked else None
-        found = None if healthy else _search(target, place, options, progress)
-    if found is None:
-        assert healthy is not None
+        healthy = _healthy(target, options, progress) if asked else None
+        if healthy is None:
+            emulation = None
+            if options.emulate:
+                target, emulation = compare(target, options.emulate, options.step, progress)
+            found = _search(target, place, options, progress, emulation)
+    if healthy is not None:
         return _show_healthy(healthy, options.json)
     if options.json:
         _print_json(found.diagnosis.to_dict())
@@ -138,6 +148,18 @@ def _diagnose(place: _Place, options: argparse.Namespace) -> int:
     if options.bundle is not None:
         _pack(place.directory, found.diagnosis.step, options)
     return NotReproduced.exit_code if found.diagnosis.verdict == "not_reproduced" else 0
+
+
+def _healthy(
+    target: ReplayableRun, options: argparse.Namespace, progress: Progress
+) -> HealthyStep | None:
+    """The step asked for; None if it fails, whichever way it is multiplied."""
+    from diagnostics.emulation import emulated
+    from diagnostics.examine import examine
+
+    runs = [emulated(target, options.emulate), target] if options.emulate else [target]
+    shown = [examine(run, options.step, progress) for run in runs]
+    return None if None in shown else shown[0]
 
 
 def _check_bundle_option(target: ReplayableRun, options: argparse.Namespace) -> None:
@@ -151,7 +173,11 @@ def _check_bundle_option(target: ReplayableRun, options: argparse.Namespace) -> 
 
 
 def _search(
-    target: ReplayableRun, place: _Place, options: argparse.Namespace, progress: Progress
+    target: ReplayableRun,
+    place: _Place,
+    options: argparse.Namespace,
+    progress: Progress,
+    emulation: Emulation | None,
 ) -> _Found:
     """Diagnoses and writes the reports; a failing disk does not lose the diagnosis."""
     from diagnostics.diagnose import diagnose
@@ -168,6 +194,8 @@ def _search(
         )
     except NothingToDiagnose as error:
         raise NothingToDiagnose(error.message, _ending(place) or error.remedy) from None
+    if emulation is not None:
+        diagnosis = emulation.told_in(diagnosis)
     reports = place.reports / f"step-{diagnosis.step:08d}"
     found = _Found(diagnosis, seen[-1], reports)
     progress("writing the report", 0, 0)
@@ -265,6 +293,16 @@ def _show_healthy(healthy: HealthyStep, as_json: bool) -> int:
 
 
 def _compared(healthy: HealthyStep) -> str:
+    told = healthy.outcome.telemetry
+    if told.get("skipped"):
+        return (
+            f"its update was skipped: gradients overflowed at loss scale {told['loss_scale']:,.0f}"
+            f" and are finite at 1, as shown; {_replayed(healthy)}"
+        )
+    return _replayed(healthy)
+
+
+def _replayed(healthy: HealthyStep) -> str:
     if not healthy.recorded:
         return "its numbers were not recorded, so none are compared"
     if healthy.differences:
