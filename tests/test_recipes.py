@@ -9,7 +9,7 @@ from vggrepro import paper
 from vggrepro.cli import main
 from vggrepro.config import TrainConfig
 from vggrepro.model import build_network
-from vggrepro.recipes import RECIPES, recipe, recipe_entries
+from vggrepro.recipes import RECIPES, override_line, recipe, recipe_entries
 
 
 def test_the_demo_is_the_default_configuration():
@@ -150,6 +150,13 @@ def test_an_overridden_field_is_a_deviation_even_if_the_paper_used_the_value_els
     assert entries["config_origins"]["lr"] == "deviation"
     assert entries["config_origins"]["seed"] == "deviation"
     assert entries["config_origins"]["momentum"] == "paper"
+
+
+def test_what_is_overridden_is_said():
+    plain = manifest_of("paper-D-384", init_from="/runs/D-256")["recipe"]
+    assert override_line(**plain) == "recipe paper-D-384"
+    changed = manifest_of("paper-D-384", init_from="/runs/D-256", lr=0.01, seed=3)["recipe"]
+    assert override_line(**changed) == "recipe paper-D-384, but lr 0.01 for 0.001, seed 3 for 0"
 
 
 def test_leaving_out_the_inheritance_is_a_deviation_and_so_is_adding_one():

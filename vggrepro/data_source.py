@@ -94,7 +94,10 @@ def open_data(
     root = config.data
     train, validation = open_index(root, "train"), open_index(root, "val")
     if config.classes not in (0, len(train.class_names)):
-        raise InputError(f"--classes {config.classes}, but {root} has {len(train.class_names)}")
+        raise InputError(
+            f"--classes {config.classes}, but {root} has {len(train.class_names)}",
+            "--classes 0 takes as many as the data has",
+        )
     fingerprints = {"train": train.fingerprint, "val": validation.fingerprint}
     if recorded is not None and recorded["fingerprints"] != fingerprints:
         raise InputError(

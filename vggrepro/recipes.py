@@ -142,6 +142,12 @@ def recipe_entries(config: TrainConfig, name: str, training_images: int) -> dict
     }
 
 
+def override_line(name: str, overridden: Mapping[str, tuple[Any, Any]]) -> str:
+    """As in 'recipe paper-D-384, but lr 0.01 for 0.001'."""
+    changes = [f"{key} {theirs} for {mine}" for key, (mine, theirs) in overridden.items()]
+    return f"recipe {name}" + (", but " + ", ".join(changes) if changes else "")
+
+
 def _demo() -> Recipe:
     """A narrow VGG-A on synthetic JPEG files: the whole pipeline in a minute or two."""
     return Recipe(

@@ -30,7 +30,7 @@ from vggrepro.incident_report import save_incident
 from vggrepro.init_notes import init_note
 from vggrepro.keras_export import save_weights
 from vggrepro.model import Network, build_network
-from vggrepro.recipes import recipe_entries
+from vggrepro.recipes import override_line, recipe_entries
 from vggrepro.run_directory import RunDirectory, check_free
 from vggrepro.run_facts import run_facts
 from vggrepro.step_metrics import StepMetrics
@@ -109,6 +109,8 @@ def train(
             manifest = _first_manifest(config, network, data, device, forecast)
             manifest["inheritance"] = inherited.record
             manifest |= recipe_entries(config, recipe_name, data.record["train_images"])
+            if recipe_name:
+                announce.info(override_line(**manifest["recipe"]))
             run = stack.enter_context(
                 RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
             )
