@@ -5,9 +5,9 @@ alone that has a second reader: a guard that reads it changes the bits of what
 follows. So sums and products are read from ops of the guard's own, and a sum of
 a large tensor and a bias is not computed again at all: its extremes follow from
 those of each channel. What a smooth activation alone takes is read behind it, since
-a second reader would part the two, and fused they round differently. XLA fuses
-otherwise; there `optimization_barrier` keeps the guard's reading apart where that
-was seen to matter.
+a second reader would part the two, and fused they round differently; a product with a
+bias that is only added to something, behind that sum. XLA fuses otherwise; there
+`optimization_barrier` keeps the guard's reading apart where that was seen to matter.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from tensorflow.compiler.tf2xla.python import xla
 from tensorflow.core.framework import attr_value_pb2
 
 _CHAIN = {"Mul": tf.raw_ops.Mul, "Add": tf.raw_ops.Add, "AddV2": tf.raw_ops.AddV2}
+_SUMS = frozenset(["Add", "AddV2", "AddN", "BiasAdd"])
+_PRODUCTS = frozenset(["MatMul", "Conv2D", "DepthwiseConv2dNative", "Conv3D"])
 
 _BELOW_ONE, _LEAST = 1.0 - 2.0**-24, 2.0**-126
 
@@ -75,13 +77,50 @@ def _made_again(tensor: Any, operation: tf.Operation) -> Any:
 def extremes(tensor: tf.Tensor) -> tf.Tensor:
     """float32 [2]: maximum and minimum; not finite only if an element is not; 0 if empty.
 
-    In front of a tanh, sigmoid or ELU: as far as its result tells, which saturates.
+    In front of a tanh, sigmoid or ELU: as far as its result tells, which saturates. A
+    product that is only added to something: of that sum, behind its ReLU if it has one.
     """
+    whole = _fused_sum(tensor)
+    tensor = tensor if whole is None else whole
     activation = _fused_with(tensor)
     if activation is not None:
         pair = _extremes(activation.outputs[0])
         return tf.where(tf.math.is_finite(pair), _FUSED[activation.type](pair), pair)
-    return _extremes(tensor)
+    return _extremes(tensor, whole is not None)
+
+
+def _fused_sum(tensor: Any) -> Any:
+    """What comes out of the kernel of product, bias, sum and ReLU; None if there is no such."""
+    operation = _operation(tensor)
+    if operation is None or not _holds_product(operation):
+        return None
+    summed = any(map(_holds_product, _makers(operation)))
+    while (reader := _only_reader(operation)) is not None and reader.type in _SUMS:
+        operation, summed = reader, True
+    if not summed:
+        return None
+    reader = _only_reader(operation)
+    behind = reader if reader is not None and reader.type == "Relu" else operation
+    return behind.outputs[0]
+
+
+def _holds_product(operation: tf.Operation) -> bool:
+    """A product or convolution plus a bias, or a sum of such with other things."""
+    return operation.type in _SUMS and any(
+        made.type in _PRODUCTS or _holds_product(made)
+        for made in _makers(operation)
+        if _only_reader(made) is operation
+    )
+
+
+def _makers(operation: tf.Operation) -> list[tf.Operation]:
+    return [made for value in operation.inputs if (made := _operation(value)) is not None]
+
+
+def _only_reader(operation: tf.Operation) -> tf.Operation | None:
+    """The one op that takes what another makes; None if there are more."""
+    readers = [reader for value in operation.outputs for reader in value.consumers()]
+    return readers[0] if len(readers) == 1 else None
 
 
 def _fused_with(tensor: Any) -> tf.Operation | None:
@@ -92,8 +131,8 @@ def _fused_with(tensor: Any) -> tf.Operation | None:
     return takers[0] if len(takers) == 1 and takers[0].type in _FUSED else None
 
 
-def _extremes(tensor: tf.Tensor) -> tf.Tensor:
-    values, bias = _without_bias(tensor)
+def _extremes(tensor: tf.Tensor, as_it_is: bool = False) -> tf.Tensor:
+    values, bias = (tensor, None) if as_it_is else _without_bias(tensor)
     if bias is None:
         pair = tf.stack([tf.reduce_max(values), tf.reduce_min(values)])
     else:
