@@ -1,6 +1,7 @@
 """Shards: the same batches as the directory they were built from, from any step."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -247,6 +248,21 @@ def test_check_command_names_all_damage(copy: Path, capsys: pytest.CaptureFixtur
     assert {line.split(" ")[0] for line in damaged} == {
         index.name_of(example) for example in (3, 77, last)
     }
+
+
+@pytest.mark.parametrize("order", ["full", "window:64"])
+def test_a_shard_that_was_cut_off_gives_no_other_images(copy: Path, order: str) -> None:
+    """At the border of a record, where reading just ends; while a run has it open already."""
+    index = open_index(copy, "train")
+    assert index.records is not None
+    stream = TrainingStream(index, settings(), 30, seed=3, order=order)
+    cut = np.flatnonzero(index.records.shard == 1)
+    border = int(np.sort(index.records.offset[cut])[2])
+    os.truncate(index.records.files[1], border)
+    with pytest.raises(tf.errors.OpError):
+        list(stream.stream(0).take(5))  # an epoch
+    with pytest.raises(InputError, match=f"train-00001.tfrecord has {border:,} bytes, its index"):
+        open_index(copy, "train")
 
 
 def test_images_put_in_each_others_place_are_found(copy: Path) -> None:

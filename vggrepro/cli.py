@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from diagnostics.errors import InputError, ToolError
 from vggrepro import commands, quiet_import
+from vggrepro.remote_paths import local_paths
 
 DESCRIPTION = """\
 Reproduces VGG (Simonyan and Zisserman, arXiv 1409.1556) in TensorFlow."""
@@ -91,7 +92,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         options = build_parser().parse_args(arguments)
     except SystemExit as end:  # after --help or --version
         return int(end.code or 0)
-    return int(options.run(options))
+    with local_paths(options) as options:
+        return int(options.run(options))
 
 
 def _report_missing_tensorflow() -> int:

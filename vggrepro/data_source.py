@@ -17,7 +17,7 @@ from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
 from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
-from vggrepro.shards import holds_shards, index_shards, read_manifest
+from vggrepro.shards import check_sizes, holds_shards, index_shards, read_manifest
 from vggrepro.statistics import ColourStatistics, training_statistics
 from vggrepro.storage import is_url
 
@@ -140,7 +140,11 @@ def open_index(root: str | os.PathLike[str], split: str) -> ExampleIndex:
     Raises:
       InputError: it is neither, or damaged.
     """
-    return index_shards(root, split) if holds_shards(root) else index_folder(root, split)
+    if not holds_shards(root):
+        return index_folder(root, split)
+    index = index_shards(root, split)
+    check_sizes(index)
+    return index
 
 
 def stored_resize(root: str | os.PathLike[str]) -> dict[str, Any] | None:

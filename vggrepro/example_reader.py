@@ -84,6 +84,8 @@ def _rows_with_records(row: Rows, places: tuple[tf.Tensor, ...]) -> tf.data.Data
     records = tf.data.Dataset.from_tensor_slices(places).flat_map(
         lambda file, offset: record_dataset(file, offset).take(1)
     )
+    # A shard that was cut off would give fewer, and rows the images of others.
+    records = records.apply(tf.data.experimental.assert_cardinality(tf.size(places[0], tf.int64)))
     return tf.data.Dataset.zip((tf.data.Dataset.from_tensor_slices(row), records))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diagnostics.errors import InputError
+from vggrepro.storage import decoded
 
 KIT = "ILSVRC2012_devkit_t12"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -33,7 +34,7 @@ def validation_classes(root: str) -> list[str]:
     Raises:
       InputError: ground truth or meta.mat are missing or damaged.
     """
-    lines = _kit_file(root, TRUTH).decode().split()
+    lines = decoded(_kit_file(root, TRUTH), f"{TRUTH} in {root}").split()
     if not all(line.isdecimal() for line in lines):
         return lines
     names = _class_of_number(_kit_file(root, META))

@@ -10,7 +10,7 @@ from functools import cached_property
 from diagnostics.errors import InputError
 from vggrepro.image_folder import image_files, list_examples
 from vggrepro.source_image import SourceImage
-from vggrepro.storage import exists, join, list_directory, read_bytes
+from vggrepro.storage import decoded, exists, join, list_directory, read_bytes
 from vggrepro.tar_source import TRAIN_TAR, open_tars
 
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
@@ -72,7 +72,7 @@ def _open_kaggle(root: str, images: str) -> Source:
     found = next((place for place in places if exists(place)), None)
     if found is None:
         raise InputError(f"{places[0]} is missing", "It comes with Kaggle's download")
-    labels = kaggle_labels(read_bytes(found).decode(), found)
+    labels = kaggle_labels(decoded(read_bytes(found), found), found)
     val = []
     for name, size in image_files(join(images, "val")):
         stem = name.rpartition(".")[0]

@@ -12,7 +12,7 @@ not need the source.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from vggrepro.config import TrainConfig
 from vggrepro.foreign_weights import PREPROCESS, read_weights
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import Network
+from vggrepro.remote_paths import local_copy
 from vggrepro.run_directory import RunDirectory
+from vggrepro.storage import is_url
 
 INHERITED = "inherited"  # directory of the run
 BY_BLOCK = (
@@ -66,6 +68,9 @@ def read_source(place: str, warn: Callable[[str], None]) -> Source:
     Raises:
       InputError: neither, or no weights in it.
     """
+    if is_url(place):
+        with local_copy(place) as copy:
+            return replace(read_source(str(copy), warn), place=place)
     path = Path(place)
     if not path.is_dir():
         if not path.exists():

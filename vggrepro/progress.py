@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vggrepro.hooks import Hook, StateView
+from vggrepro.remote_paths import shown
 
 if TYPE_CHECKING:
     from vggrepro.config import TrainConfig
@@ -203,5 +204,5 @@ def start_lines(
         f"{info['classes']:,} classes",
         f"on    {info['device']}, {config.precision}, {config.image_size} pixels, "
         f"batch {config.batch_size:,}; guard tested: {info['guard_checks']} checks fired",
-        f"run   {run.path}",
+        f"run   {shown(run.path)}",
     ]

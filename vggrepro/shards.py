@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
 import numpy as np
@@ -21,11 +22,12 @@ from safetensors.numpy import load
 
 from diagnostics.errors import InputError
 from vggrepro.example_index import ExampleIndex, RecordTable
-from vggrepro.storage import exists, join, read_bytes
+from vggrepro.storage import exists, file_size, join, read_bytes
 
 MANIFEST = "shards.json"
 BUILD = "build.json"  # what an unfinished directory is built from
 VERSION = 1
+_QUESTIONS = 16  # at a time: a bucket takes its time to answer each
 RECORD_HEADER = 12  # bytes before the image: its length and the length's checksum
 RECORD_OVERHEAD = RECORD_HEADER + 4  # and a checksum after it
 
@@ -103,6 +105,27 @@ def read_table(root: str | os.PathLike[str], split: str) -> dict[str, np.ndarray
         raise InputError(f"{path} is damaged: {error}", "Build the shards again") from error
 
 
+def check_sizes(index: ExampleIndex) -> None:
+    """Whether every shard is as long as the index says.
+
+    Raises:
+      InputError: one is not; reading from it would give other images, or none.
+    """
+    records = index.records
+    assert records is not None
+    ends = np.zeros(len(records.files), np.int64)
+    np.maximum.at(ends, records.shard, records.offset + records.size + RECORD_OVERHEAD)
+    with ThreadPoolExecutor(_QUESTIONS) as pool:
+        sizes = list(pool.map(file_size, records.files))
+    for file, found, end in zip(records.files, sizes, ends.tolist(), strict=True):
+        if found != end:
+            raise InputError(
+                f"shard {file} has {found:,} bytes, its index says {end:,}",
+                f"Restore it or build the shards again; `vggrepro data check {index.root}` lists "
+                "what is damaged",
+            )
+
+
 def index_shards(root: str | os.PathLike[str], split: str) -> ExampleIndex:
     """The examples of a split of a shard directory; reads no shard.
 
@@ -120,8 +143,10 @@ def index_shards(root: str | os.PathLike[str], split: str) -> ExampleIndex:
             "Build the shards again",
         )
     files = tuple(join(root, shard["file"]) for shard in known["shards"])
-    for file in files:
-        if not exists(file):
+    with ThreadPoolExecutor(_QUESTIONS) as pool:
+        there = list(pool.map(exists, files))
+    for file, found in zip(files, there, strict=True):
+        if not found:
             raise InputError(f"shard {file} is missing", "Restore it or build the shards again")
     return ExampleIndex(
         root,

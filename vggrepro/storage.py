@@ -60,6 +60,28 @@ def read_bytes(path: str) -> bytes:
             return local.read()
 
 
+def decoded(data: bytes, place: str) -> str:
+    """The text that a file holds.
+
+    Raises:
+      InputError: it is not UTF-8.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} is not UTF-8 text", "Download it again") from error
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+      InputError: it does not exist, or the place cannot be asked.
+    """
+    with storage_errors(path, "look at"):
+        return tf.io.gfile.stat(path).length if is_url(path) else os.path.getsize(path)
+
+
 def exists(path: str) -> bool:
     """Whether there is such a file or directory.
 

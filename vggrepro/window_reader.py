@@ -40,9 +40,6 @@ class _Runs:
         self._order = order
         by_place = records.ids_in_storage_order
         shard = records.shard[by_place]
-        # A run may go on in the next shards, at worst in so many:
-        shortest = min(int((shard == s).sum()) for s in range(len(records.files)))
-        self._span = min(len(records.files), SHUFFLE_RUN // max(shortest, 1) + 2)
         with tf.device("CPU:0"):
             self._files = tf.constant(records.files)
             self._shard = tf.constant(shard, tf.int64)
@@ -60,13 +57,18 @@ class _Runs:
         ends = tf.concat([heads[1:], [tf.size(places, tf.int64)]], 0)
         runs = tf.data.Dataset.from_tensor_slices((tf.gather(found, heads), ends - heads))
         size = tf.size(places, tf.int64)
-        data = runs.flat_map(self._read).batch(size, drop_remainder=True)
+        whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
+        data = runs.flat_map(self._read).apply(whole).batch(size, drop_remainder=True)
         return data.map(lambda strings: tf.gather(strings, order.within(epochs, places) - first))
 
     def _read(self, place: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         """`count` records from a place on, which may go on in the next shards."""
-        shard = self._shard[place]
-        last = tf.cast(tf.size(self._files), tf.int64) - 1
-        shards = tf.minimum(shard + tf.range(self._span, dtype=tf.int64), last)
-        offsets = tf.concat([[self._offset[place]], tf.zeros([self._span - 1], tf.int64)], 0)
-        return record_dataset(tf.gather(self._files, shards), offsets, _BUFFER).take(count)
+        shards, _, counts = tf.unique_with_counts(self._shard[place : place + count], tf.int64)
+        offsets = tf.concat([[self._offset[place]], tf.zeros_like(shards[1:])], 0)
+        # Each shard's own number: one that was cut off must not be made up for by the next.
+        pieces = tf.data.Dataset.from_tensor_slices(
+            (tf.gather(self._files, shards), offsets, counts)
+        )
+        return pieces.flat_map(
+            lambda file, offset, number: record_dataset(file, offset, _BUFFER).take(number)
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InputError
+from vggrepro.remote_paths import path_or_url
 
 if TYPE_CHECKING:
     from vggrepro.comparison import Comparison
@@ -27,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "places",
         nargs="+",
-        type=Path,
+        type=path_or_url,
         metavar="RUN",
         help="a run directory, or a file of `vggrepro evaluate --json`",
     )

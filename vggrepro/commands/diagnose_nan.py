@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diagnostics.errors import InputError, NothingToDiagnose, NotReproduced
+from vggrepro.remote_paths import path_or_url, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="say where, since when and why a run went NaN, and prove a fix",
         description=DESCRIPTION,
     )
-    parser.add_argument("target", type=Path, metavar="RUN_DIR", help="a run directory or a bundle")
+    parser.add_argument(
+        "target", type=path_or_url, metavar="RUN_DIR", help="a run directory or a bundle"
+    )
     parser.add_argument(
         "--step",
         type=int,
@@ -60,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help=f"time for the counterfactual replays; 0: none. Default: {DEFAULT_BUDGET:g}",
     )
     parser.add_argument(
-        "--bundle", type=Path, metavar="FILE", help="also pack the failing step into FILE"
+        "--bundle", type=path_or_url, metavar="FILE", help="also pack the failing step into FILE"
     )
     parser.add_argument(
         "--import",
@@ -86,14 +89,16 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--budget-seconds must be 0 or more")
     target: Path = options.target
     if not target.is_file():
-        return _diagnose(_Place(target, str(target), target / "diagnosis"), options)
+        return _diagnose(_Place(target, shown(target), target / "diagnosis"), options)
     from diagnostics.bundle import open_bundle
 
     with tempfile.TemporaryDirectory(prefix="vggrepro-bundle-") as temporary:
         directory = Path(temporary) / "run"
         open_bundle(target, directory)
-        reports = target.with_name(target.stem + "-diagnosis")
-        return _diagnose(_Place(directory, str(target), reports), options)
+        # Beside the bundle; that of a remote one is a copy, which goes away.
+        beside = target.parent if shown(target) == str(target) else Path()
+        reports = beside / f"{target.stem}-diagnosis"
+        return _diagnose(_Place(directory, shown(target), reports), options)
 
 
 class _Place(NamedTuple):
@@ -227,7 +232,7 @@ def _dump(target: ReplayableRun, found: _Found, progress: Progress) -> str:
     if missing:
         print(f"no Debugger V2 dump: {missing}", file=sys.stderr)
         return ""
-    return f"the step, op by op: tensorboard --logdir {shlex.quote(str(directory))}"
+    return f"the step, op by op: tensorboard --logdir {shlex.quote(shown(directory))}"
 
 
 def _pack(place: Path, step: int, options: argparse.Namespace) -> None:
@@ -238,7 +243,7 @@ def _pack(place: Path, step: int, options: argparse.Namespace) -> None:
         data = stored.config().get("data")
     size = write_bundle(options.bundle, place, step, [str(data)] if data else [])
     if not options.json:
-        print(f"bundle: {options.bundle} ({size / 1e6:.1f} MB)")
+        print(f"bundle: {shown(options.bundle)} ({size / 1e6:.1f} MB)")
 
 
 def _print_diagnosis(found: _Found, target: ReplayableRun) -> None:
@@ -248,7 +253,7 @@ def _print_diagnosis(found: _Found, target: ReplayableRun) -> None:
 
     Console().print(render(found.diagnosis, found.telemetry, target.facts))
     if found.unwritten is None:
-        print(f"report: {found.reports / 'report.html'}")
+        print(f"report: {shown(found.reports / 'report.html')}")
     if found.dump:
         print(found.dump)
 

@@ -14,6 +14,7 @@ from diagnostics.errors import InputError
 from vggrepro.commands.train import data_directory
 from vggrepro.config import ARCHITECTURES, TrainConfig
 from vggrepro.evaluation_record import PROTOCOLS
+from vggrepro.remote_paths import path_or_url, shown
 
 if TYPE_CHECKING:
     from vggrepro.evaluated_net import EvaluatedNet
@@ -25,6 +26,7 @@ connected layers as convolutions), multicrop (5x5 grid and mirror images), both.
 are averaged over views, scales and nets. The result is kept in RUN_DIR/evaluations/."""
 
 OWN_SCALES = "multi"
+_RUNS_HELP = "run directories, local or gs://…; several are fused"
 _WEIGHTS_HELP = (
     "evaluate a file of weights: .h5 of Keras, .safetensors or .pth of torchvision, or ours"
 )
@@ -55,8 +57,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
     )
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories; several are fused")
-    add("--weights", type=Path, metavar="FILE", help=_WEIGHTS_HELP)
+    add(
+        "runs",
+        nargs="*",
+        type=path_or_url,
+        metavar="RUN_DIR",
+        help=_RUNS_HELP,
+    )
+    add("--weights", type=path_or_url, metavar="FILE", help=_WEIGHTS_HELP)
     add("--arch", choices=ARCHITECTURES, metavar="NET", help=_ARCH_HELP)
     add("--preprocess", choices=("caffe", "torch"), help=_PREPROCESS_HELP)
     add("--protocol", choices=PROTOCOLS, default="dense", help="Default: dense")
@@ -162,7 +170,10 @@ def _save(record: dict[str, Any], run_dir: Path, save: Any) -> None:
     except InputError as error:
         _warn(f"the result is not kept: {error}")
         return
-    print(f"kept in {file}; beside the paper: vggrepro compare {run_dir}", file=sys.stderr)
+    print(
+        f"kept in {shown(file)}; beside the paper: vggrepro compare {shown(run_dir)}",
+        file=sys.stderr,
+    )
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

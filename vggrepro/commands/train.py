@@ -15,6 +15,7 @@ from diagnostics.errors import InputError
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import add_config_options, given_values, option_name
 from vggrepro.recipes import recipe
+from vggrepro.remote_paths import path_or_url, shown
 
 if TYPE_CHECKING:
     from vggrepro.trainer import TrainResult
@@ -33,13 +34,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=path_or_url,
         metavar="DIR",
         help="where the run is written; must not exist. Default: runs/TIME-ARCH-INIT",
     )
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=path_or_url,
         metavar="RUN_DIR",
         help="go on exactly where this run stopped; only --steps may be changed with it",
     )
@@ -90,7 +91,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """A run may be resumed and replayed from another working directory."""
     from vggrepro.storage import is_url
 
-    source = str(Path(config.init_from).resolve()) if config.init_from else ""
+    source = config.init_from
+    if source and not is_url(source):
+        source = str(Path(source).resolve())
     data = data_directory(config.data)
     data = data if is_url(data) else str(Path(data).resolve())
     return dataclasses.replace(config, data=data, init_from=source)
@@ -141,7 +144,7 @@ def _train(
 def _print_summary(result: TrainResult) -> None:
     """How the run ended, and what to type next."""
     metrics: dict[str, Any] = result.metrics
-    place = shlex.quote(str(result.run_dir))
+    place = shlex.quote(shown(result.run_dir))
     print(f"\n{result.status} after {result.steps:,} steps")
     if "val_top1_error" in metrics:
         print(

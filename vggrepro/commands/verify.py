@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.errors import InputError, NotReproduced
+from vggrepro.remote_paths import path_or_url
 
 if TYPE_CHECKING:
     from vggrepro.verification import Verification
@@ -24,7 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "verify", help="run steps again and compare them bit for bit", description=DESCRIPTION
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run of `vggrepro train`")
+    parser.add_argument(
+        "run_dir", type=path_or_url, metavar="RUN_DIR", help="a run of `vggrepro train`"
+    )
     parser.add_argument(
         "--steps",
         metavar="A:B",

@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     from vggrepro.shard_writer import Recipe
     from vggrepro.stage_progress import shown_progress
 
-    if options.resize < 0 or options.shard_megabytes <= 0 or (options.workers or 1) < 1:
+    workers = default_workers() if options.workers is None else options.workers
+    if options.resize < 0 or options.shard_megabytes <= 0 or workers < 1:
         raise InputError("--resize, --shard-megabytes and --workers must be positive")
     recipe = Recipe(read_policy(options.dirty), options.resize)
     with shown_progress() as on_progress:
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             options.target,
             recipe,
             int(options.shard_megabytes * 1e6),
-            options.workers or default_workers(),
+            workers,
             on_progress,
         )
     if options.json:

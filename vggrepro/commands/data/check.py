@@ -27,8 +27,11 @@ def run(options: argparse.Namespace) -> int:
     from vggrepro.shard_check import check_shards, default_workers
     from vggrepro.stage_progress import shown_progress
 
+    workers = default_workers() if options.workers is None else options.workers
+    if workers < 1:
+        raise InputError(f"--workers {workers} must be at least 1")
     with shown_progress() as on_progress:
-        faults = check_shards(options.directory, options.workers or default_workers(), on_progress)
+        faults = check_shards(options.directory, workers, on_progress)
     if options.json:
         print(json.dumps({"damaged": faults}))
     elif faults:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from vggrepro.remote_paths import path_or_url
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -14,7 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Makes JPEG files of varied size in the ILSVRC layout: "
         "DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG. The same seed makes the same files.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="must not hold anything else")
+    parser.add_argument(
+        "directory", type=path_or_url, metavar="DIR", help="must not hold anything else"
+    )
     for name, default, text in (
         ("seed", 0, "what the images are drawn from"),
         ("classes", 10, "number of classes"),
