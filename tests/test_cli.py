@@ -202,6 +202,8 @@ def test_tensorflow_log_level_is_set_only_if_the_user_did_not(monkeypatch):
         (["train", "--scale", "64:40"], "scale_max=40 is below scale_min"),
         (["train", "--recipe", "none"], "recipe 'none' does not exist. Known: demo, paper-A-256"),
         (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
+        (["data", "build", "here", "there", "--workers", "0"], "--workers must be positive"),
+        (["data", "check", "here", "--workers", "-1"], "--workers -1 must be at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
