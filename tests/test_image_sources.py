@@ -120,10 +120,10 @@ def test_damaged_kit_is_one_line(tmp_path: Path, cut: int) -> None:
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_validation_ground_truth.txt", "meta.mat"])
 def test_a_kit_of_noise_is_one_line(tmp_path: Path, name: str) -> None:
-    write_kit(tmp_path, ["a"])
-    (tmp_path / name).write_bytes(b"\xff\xfe" * 400)
+    write_kit(tmp_path / "kit", ["a"])
+    (tmp_path / "kit" / name).write_bytes(b"\xff\xfe" * 400)
     with pytest.raises(InputError, match=name):
-        validation_classes(str(tmp_path))
+        validation_classes(str(tmp_path / "kit"))
 
 
 # Refusals
