@@ -6,19 +6,16 @@ import itertools
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from jax_devices import eight_virtual_devices
 from small_runs import random_batch, tiny_config, tiny_data, tiny_network
 
 from vggrepro import step_metrics, trainer
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_metrics import StepMetrics
-from vggrepro.step_state import initial_state
 from vggrepro.train_step import TrainStep
 
 CONFIG = tiny_config(classes=3, batch_size=8)
@@ -53,37 +50,6 @@ def feed_the_second_device() -> None:
         for batch, expected in zip(fed, batches(3), strict=True):
             assert np.array_equal(batch["images"], expected["images"])
             assert step(batch["images"], batch["labels"]).applied
-
-
-def test_the_next_batch_goes_to_jax_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    eight_virtual_devices()
-    from vggrepro.pjrt_step import PjrtStep
-
-    config = tiny_config(strategy="pjrt", classes=3, batch_size=8)
-    network = tiny_network(config)
-    step = PjrtStep(config, network, initial_state(config, network))
-    place, threads = step._sharded.sharded, []
-
-    def watched(*arrays: np.ndarray) -> list:
-        threads.append(threading.get_ident())
-        return place(*arrays)
-
-    monkeypatch.setattr(step._sharded, "sharded", watched)
-    ran = []
-    monkeypatch.setattr(
-        step._sharded,
-        "program",
-        lambda state, refused, rate, images, labels: (
-            ran.append(np.asarray(images))
-            or (state, refused, True, np.ones(1), np.zeros(1), np.ones(8))
-        ),
-    )
-    for batch in step.ahead(batches(3)):
-        step(batch["images"], batch["labels"])
-    expected = [batch["images"].numpy() for batch in batches(3)]
-    assert all(np.array_equal(*pair) for pair in zip(ran, expected, strict=True))
-    assert len(threads) == 3 and threading.get_ident() not in threads
-    assert not step._placed
 
 
 def test_the_share_of_waiting_is_that_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -95,6 +97,30 @@ def test_a_bad_row_stops_all_replicas_and_names_its_own(step, row):
     assert not fed(step, *random_batch(CONFIG)).applied  # refused until rearmed
     step.rearm()
     assert fed(step, *random_batch(CONFIG)).applied
+
+
+def test_the_next_batch_goes_to_the_devices_in_another_thread(make, monkeypatch):
+    step = make(CONFIG)
+    parts = zip(*(random_batch(CONFIG, seed) for seed in range(3)), strict=True)
+    images, labels = (np.stack(part) for part in parts)
+    batches = tf.data.Dataset.from_tensor_slices({"images": images, "labels": labels})
+    place, threads, ran = step._sharded.sharded, [], []
+
+    def watched_place(*arrays):
+        threads.append(threading.get_ident())
+        return place(*arrays)
+
+    def program(state, refused, rate, images, labels):
+        ran.append(np.asarray(images))
+        return state, refused, True, np.ones(1), np.zeros(1), np.ones(8)
+
+    monkeypatch.setattr(step._sharded, "sharded", watched_place)
+    monkeypatch.setattr(step._sharded, "program", program)
+    for batch in step.ahead(batches):
+        step(batch["images"], batch["labels"])
+    assert np.array_equal(ran, images)
+    assert len(threads) == 3 and threading.get_ident() not in threads
+    assert not step._placed
 
 
 def test_a_batch_must_divide_over_the_devices(make):
