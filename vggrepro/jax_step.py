@@ -109,7 +109,8 @@ class ShardedStep:
         batch = (tf.TensorSpec([self.rows, side, side, 3]), tf.TensorSpec([self.rows], tf.int32))
         core = tf.function(self._core, autograph=False)
         counters = (tf.TensorSpec([], tf.int32),) * 2
-        concrete = core.get_concrete_function(parameters, *batch, *counters)
+        # Unscaled also in float16: a loss scale adds no kind of op that could fail.
+        concrete = core.get_concrete_function(parameters, *batch, *counters, None)
         return list(concrete.graph.get_operations())
 
     def _replica(
