@@ -33,7 +33,7 @@ from rich.table import Table
 from diagnostics.diagnose import diagnose
 from diagnostics.errors import StoppedByGuard
 from diagnostics.guard import GuardLayout
-from vggrepro import trainer
+from vggrepro import run_start, trainer
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment
@@ -73,7 +73,7 @@ def stopped_run(config: TrainConfig, run_dir: Path, step: int) -> float:
     """Trains until the guard stops it at `step`; seconds."""
     source = poisoned_source(config, step)
     started = time.perf_counter()
-    with mock.patch.object(trainer, "open_data", lambda *arguments: source):
+    with mock.patch.object(run_start, "open_data", lambda *arguments: source):
         try:
             trainer.train(dataclasses.replace(config, steps=step + 10), run_dir)
         except StoppedByGuard:

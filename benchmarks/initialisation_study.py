@@ -35,7 +35,7 @@ from study_report import figure, table
 from diagnostics.diagnose import diagnose
 from diagnostics.durable_files import write_json, write_whole
 from diagnostics.errors import NothingToDiagnose, StoppedByGuard
-from vggrepro import trainer
+from vggrepro import run_start, trainer
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import DataSource, open_data
 from vggrepro.environment import describe_environment
@@ -152,7 +152,7 @@ def run_cell(cell: Cell, data: Path, out: Path, precision: str, budget: float) -
     config = cell.config(data, out, precision)
     opened = _divided_data if cell.divided else open_data
     started = time.perf_counter()
-    with mock.patch.object(trainer, "open_data", opened):
+    with mock.patch.object(run_start, "open_data", opened):
         try:
             for steps in range(CHUNK, config.steps + 1, CHUNK):
                 _go_on(dataclasses.replace(config, steps=steps), run_dir)

@@ -44,6 +44,10 @@ class GuardFailure(ToolError):
     """The guard's self-test did not fire: the tripwire cannot be trusted here."""
 
 
+class WorkerLost(ToolError):
+    """Another process of the same run failed or cannot be reached; resuming goes on."""
+
+
 class StoppedByGuard(ToolError):
     """A step held a non-finite value; the update was refused, an incident saved."""
 

@@ -90,11 +90,14 @@ class StepResult(NamedTuple):
       applied: whether the update was written.
       passed: bool [checks], in the order of `GuardLayout.checks`.
       telemetry: float32 [columns], in the order of `GuardLayout.columns`.
+      healthy: of a step on several replicas, whether all of its own was finite on each;
+        () where there is but one.
     """
 
     applied: bool
     passed: np.ndarray
     telemetry: np.ndarray
+    healthy: Sequence[bool] = ()
 
 
 class Forward(NamedTuple):

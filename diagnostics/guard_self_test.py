@@ -43,6 +43,12 @@ def self_test(step: GuardedStep, images: tf.Tensor, labels: tf.Tensor) -> int:
     """
     layers = step.layout.layers
     result = _run_poisoned(step, [f"params/{layers[-1]}/bias"], images, labels)
+    blind = [str(replica) for replica, sound in enumerate(result.healthy) if sound]
+    if blind:
+        raise GuardFailure(
+            f"replica {', '.join(blind)} did not see a NaN injected into its weights",
+            "Training is refused, because a real NaN would pass unseen as well",
+        )
     fired = _fired(step.layout, result)
     expected = _expected_gradients(step.layout, result)
     everywhere = [f"{group}/{layer}/bias" for layer in layers for group in ("params", "momentum")]

@@ -18,7 +18,7 @@ from toy_run import ToyConfig, ToyProgram, ToyRun
 
 from diagnostics.errors import StoppedByGuard
 from diagnostics.protocol import Change, State
-from vggrepro import data_source, replay_adapter, trainer
+from vggrepro import data_source, replay_adapter, run_start, trainer
 from vggrepro.config import TrainConfig
 from vggrepro.dataset import Batch
 from vggrepro.hooks import Hook
@@ -141,7 +141,7 @@ def edited_data(edit: Edit) -> Iterator[None]:
         return batch
 
     with patched(
-        (trainer, "open_data", open_edited),
+        (run_start, "open_data", open_edited),
         (replay_adapter, "open_data", open_edited),
         (toy_run, "toy_batch", toy_batch),
     ):

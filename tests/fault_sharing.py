@@ -33,7 +33,7 @@ class StepPool:
         config: TrainConfig,
         network: Network,
         state: State | None = None,
-        multiply_dtype: None = None,
+        device: object = None,
     ) -> TrainStep:
         step = self._steps.get(compiled_part(config))
         if step is None:

@@ -42,7 +42,7 @@ def trained(monkeypatch, tmp_path):
     """Replaces the trainer; returns what it was called with."""
     calls = SimpleNamespace(status="finished", error=None)
 
-    def train(config, run_dir, hooks, resume, strict, recipe_name):
+    def train(config, run_dir, hooks, resume, strict, recipe_name, engine):
         calls.config, calls.run_dir, calls.resume, calls.strict = config, run_dir, resume, strict
         calls.recipe_name = recipe_name
         if calls.error is not None:

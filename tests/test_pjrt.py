@@ -92,7 +92,7 @@ def test_a_bad_row_stops_all_replicas_and_names_its_own(step, row):
     before = hash_arrays(step.state())
     result = fed(step, images, labels)
     assert not result.applied
-    assert step.healthy == [index != row for index in range(8)]
+    assert result.healthy == [index != row for index in range(8)]
     assert hash_arrays(step.state()) == before
     assert not fed(step, *random_batch(CONFIG)).applied  # refused until rearmed
     step.rearm()
@@ -163,7 +163,7 @@ def test_float16_skips_as_tensorflow_does_and_a_nan_is_still_an_incident(make):
     assert ours.applied and theirs.applied and named["skipped"] == 1
     assert ours.telemetry == pytest.approx(theirs.telemetry, rel=2e-2, abs=1e-2)
     assert hash_arrays(step.state()) == hash_arrays(plain.state())
-    assert step.state()[SCALE] == 2.0**23 and step.healthy == [True] * 8
+    assert step.state()[SCALE] == 2.0**23 and ours.healthy == [True] * 8
     step.load({**start, SCALE: np.array(1.0, np.float32)})
     assert fed(step, *batch).applied and step.state()["counters/step"] == 1
     assert self_test(step, *map(tf.constant, batch)) == len(step.layout.checks())

@@ -13,7 +13,7 @@ from small_runs import replaced, run_outcome, tiny_config, tiny_data
 from diagnostics.errors import GuardFailure, InputError, RunLocked, StoppedByGuard
 from diagnostics.incident import read_incident
 from diagnostics.snapshot import hash_arrays
-from vggrepro import trainer
+from vggrepro import run_start, trainer
 from vggrepro.hooks import Hook
 from vggrepro.run_directory import RunDirectory
 from vggrepro.train_step import TrainStep
@@ -128,13 +128,13 @@ class PoisonBatch:
 
 
 def poison(monkeypatch, step):
-    real = trainer.open_data
+    real = run_start.open_data
 
     def open_poisoned(*arguments):
         source = real(*arguments)
         return type(source)(PoisonBatch(source.training, step), source.validation, source.record)
 
-    monkeypatch.setattr(trainer, "open_data", open_poisoned)
+    monkeypatch.setattr(run_start, "open_data", open_poisoned)
 
 
 def test_the_guard_stops_the_run_and_leaves_an_exact_incident(data, whole, tmp_path, monkeypatch):

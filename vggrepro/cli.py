@@ -19,8 +19,8 @@ DESCRIPTION = """\
 Reproduces VGG (Simonyan and Zisserman, arXiv 1409.1556) in TensorFlow."""
 
 EXIT_CODES = """\
-exit codes: 0 done, 1 fault of ours, 2 bad usage, configuration or data,
-3 the guard stopped the run and left an incident, 4 nothing to diagnose,
+exit codes: 0 done, 1 fault of ours or a worker was lost, 2 bad usage,
+configuration or data, 3 the guard stopped the run and left an incident, 4 nothing to diagnose,
 5 the failure did not recur on replay, or verify found a difference,
 130 interrupted, state saved"""
 
@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     # TensorFlow's C++ chatter would break the progress display; a user's own choice stays.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Of several workers it would tell at length of an operation that another one's end aborts.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if "TF_CONFIG" in os.environ else "2")
     quiet_import.install()
     try:
         code = _run(arguments)

@@ -20,6 +20,7 @@ from vggrepro.preprocessing import Preprocessing
 from vggrepro.shards import check_sizes, holds_shards, index_shards, read_manifest
 from vggrepro.statistics import ColourStatistics, training_statistics
 from vggrepro.storage import is_url
+from vggrepro.workers import ALONE, Workers
 
 STATISTICS_FILE = "vggrepro-statistics.json"
 
@@ -78,6 +79,7 @@ def open_data(
     config: TrainConfig,
     announce: Callable[[str], None],
     recorded: Mapping[str, Any] | None = None,
+    workers: Workers = ALONE,
 ) -> DataSource:
     """Indexes the data, and measures the training set's colours unless known.
 
@@ -85,6 +87,7 @@ def open_data(
       announce: is told what takes long.
       recorded: `DataSource.record` of the run being resumed; the data must still
         be the same.
+      workers: the streams give this one's rows of every batch.
 
     Raises:
       InputError: the directory is not in the ILSVRC layout, has other classes than the
@@ -119,9 +122,10 @@ def open_data(
         mean_rgb=colours.mean_rgb,
         colour_components=colours.colour_components,
     )
+    share = (workers.index, workers.count)
     return DataSource(
-        TrainingStream(train, preprocessing, config.batch_size, config.seed, config.order),
-        EvaluationStream(validation, preprocessing, config.batch_size),
+        TrainingStream(train, preprocessing, config.batch_size, config.seed, config.order, *share),
+        EvaluationStream(validation, preprocessing, config.batch_size, *share),
         {
             "fingerprints": fingerprints,
             "train_images": len(train),

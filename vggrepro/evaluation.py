@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from vggrepro.model import Network, forward
 from vggrepro.step_core import true_class_rank
+from vggrepro.workers import ALONE, Workers
 
 
 class Evaluator:
@@ -19,8 +20,8 @@ class Evaluator:
     Args:
       parameters: '<layer>/kernel' and '<layer>/bias' to variables or tensors;
         read anew at every call.
-      sums: what another runtime takes instead: (images, labels, weights) -> the four
-        numbers of `batch_sums`.
+      sums: what another engine takes instead: (images, labels, weights) -> the four
+        numbers of `batch_sums`, of each of its replicas.
     """
 
     def __init__(
@@ -37,17 +38,29 @@ class Evaluator:
         self,
         batches: Iterable[Mapping[str, tf.Tensor]],
         should_stop: Callable[[], bool] = lambda: False,
+        workers: Workers = ALONE,
     ) -> dict[str, float] | None:
         """Errors in percent over `EvaluationStream` batches; None if told to stop.
+
+        Args:
+          workers: each has its own rows of every batch, and all get the same errors.
 
         Returns:
           val_loss, val_top1_error, val_top5_error (percent), val_images.
         """
-        total = np.zeros(4)
+        found = []
         for batch in batches:
             if should_stop():
-                return None
-            total += np.asarray(self._sums(batch["images"], batch["labels"], batch["weights"]))
+                break
+            sums = self._sums(batch["images"], batch["labels"], batch["weights"])
+            found.append(np.reshape(np.asarray(sums, np.float64), [-1, 4]))
+        if workers.any(should_stop()):
+            return None
+        # [workers, batches, replicas, 4]; added batch by batch, whoever had which rows.
+        shares = workers.gather(np.stack(found))
+        total = np.zeros(4)
+        for sums in shares.swapaxes(0, 1).reshape(-1, 4):
+            total += sums
         images, loss, top1, top5 = total.tolist()
         return {
             "val_loss": loss / images,

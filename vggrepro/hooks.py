@@ -25,7 +25,13 @@ class StateView(Protocol):
 
 
 class Hook:
-    """Base of every hook; each method does nothing."""
+    """Base of every hook; each method does nothing.
+
+    Attributes:
+      chief_only: of several workers, only that of the chief is called: it writes files.
+    """
+
+    chief_only = False
 
     def on_start(
         self, run: RunDirectory, config: TrainConfig, first_step: int, info: Mapping[str, Any]

@@ -25,7 +25,8 @@ def save_incident(
     name_of: Callable[[int], str],
     metrics: Mapping[str, Any],
     config: TrainConfig,
-    replicas: Sequence[bool] = (),
+    healthy: Sequence[bool] = (),
+    engine: Mapping[str, Any],
 ) -> StoppedByGuard:
     """Writes incidents/step-… and returns the error to raise.
 
@@ -33,7 +34,8 @@ def save_incident(
       failed: the checks that tripped, in order of execution; not empty.
       state: the state before the step. batch: as fed, with example_ids.
       metrics: the refused step's numbers.
-      replicas: of a step on several devices, whether all was finite on each.
+      healthy: of a step on several replicas, whether all was finite on each.
+      engine: what ran the step, as the manifest keeps it.
 
     Raises:
       InputError: the disk is full; nothing half-written is left.
@@ -49,12 +51,15 @@ def save_incident(
         "config": config.to_dict(),
         "metrics": dict(metrics),
         "environment": describe_environment(),
+        "engine": dict(engine),
     }
-    bad = [number for number, healthy in enumerate(replicas) if not healthy]
+    bad = [number for number, sound in enumerate(healthy) if not sound]
+    workers = [one * engine["workers"] // len(healthy) for one in bad]
     if bad:
-        rows = len(ids) // len(replicas)
+        rows = len(ids) // len(healthy)
         record["replicas"] = [
-            {"replica": one, "example_ids": ids[one * rows : (one + 1) * rows]} for one in bad
+            {"replica": one, "worker": worker, "example_ids": ids[one * rows : (one + 1) * rows]}
+            for one, worker in zip(bad, workers, strict=True)
         ]
     try:
         size = write_incident(directory, state=state, batch=batch, record=record)
@@ -66,8 +71,10 @@ def save_incident(
         ) from error
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     if bad:
-        others += f", on {'all' if len(bad) == len(replicas) else _listed(bad)} of "
-        others += f"{len(replicas)} replicas"
+        others += f", on {'all' if len(bad) == len(healthy) else _listed('replica', bad)} of "
+        others += f"{len(healthy)} replicas"
+    if bad and engine["workers"] > 1:
+        others += f" ({_listed('worker', sorted(set(workers)))})"
     return StoppedByGuard(
         f"step {step}: {failed[0].describe()} is not finite{others}; nothing of this step was "
         f"written, the state before it is in {directory} ({size / 1e6:.1f} MB)",
@@ -75,6 +82,6 @@ def save_incident(
     )
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _listed(what: str, numbers: Sequence[int]) -> str:
     more = ", …" if len(numbers) > 3 else ""
-    return "replica " + ", ".join(map(str, numbers[:3])) + more
+    return f"{what} " + ", ".join(map(str, numbers[:3])) + more

@@ -29,6 +29,7 @@ from vggrepro.dropout import Dropout
 from vggrepro.evaluation import batch_sums
 from vggrepro.model import Network
 from vggrepro.optimizer import MomentumSGD, RateSettings
+from vggrepro.replica_evidence import all_its_own_finite, over_replicas
 from vggrepro.step_core import loss_and_gradients
 from vggrepro.step_state import guard_layout
 from vggrepro.step_update import gated_update
@@ -166,15 +167,12 @@ class ShardedStep:
             extremes=guard.checked_extremes,
         )
         seen, gradients = core.forward, core.gradients
-        finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in (*seen[:1], *seen[2:])]
-        finite += [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in gradients]
-        healthy = tf.logical_and(tf.reduce_all(tf.stack(finite)), seen.labels_valid)
         sums = tf.stack([seen.loss, core.top1 / batch, core.top5 / batch])
         return (
             seen.input_extremes,
             seen.labels_valid,
             seen.preactivation_extremes,
-            healthy,
+            all_its_own_finite(core),
             sums,
             gradients,
         )
@@ -193,7 +191,7 @@ class ShardedStep:
     ) -> tuple[Any, ...]:
         """TensorFlow: verdict and update of the global batch; the same on every replica."""
         seen = Forward(
-            _over_replicas(extremes), tf.reduce_all(valid), _over_replicas(preactivations), sums[0]
+            over_replicas(extremes), tf.reduce_all(valid), over_replicas(preactivations), sums[0]
         )
         settings = RateSettings(rate[0], rate[1], self.config.lr_drop_factor)
         return tuple(
@@ -221,13 +219,6 @@ def _evaluation(
     """TensorFlow: the four sums of a batch of validation images."""
     sums = batch_sums(network, parameters, tf.as_dtype(precision), images, labels, weights)
     return tf.cast(sums, tf.float32)
-
-
-def _over_replicas(extremes: Any) -> tf.Tensor:
-    """[replicas, ..., 2] of (maximum, minimum) to [..., 2]; keeps NaN."""
-    pair = (tf.reduce_max(extremes[..., 0], axis=0), tf.reduce_min(extremes[..., 1], axis=0))
-    finite = tf.reduce_all(tf.math.is_finite(extremes), axis=[0, -1])
-    return guard.with_nan(tf.stack(pair, axis=-1), finite)
 
 
 def _tensorflow(function: Callable[..., Any]) -> Callable[..., Any]:

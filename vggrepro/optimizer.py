@@ -76,7 +76,7 @@ class MomentumSGD:
             var=weight.handle,
             accum=velocity.handle,
             lr=learning_rate,
-            grad=self.decayed_gradient(name, weight, gradient, scale),
+            grad=self.decayed_gradient(name, weight.read_value(), gradient, scale),
             momentum=self.momentum,
         )
 

@@ -48,7 +48,6 @@ class PjrtStep(StepState):
         self._placed: dict[int, tuple[tf.Tensor, list[Any]]] = {}
         self.variables = {name: Slot(self, name, a) for name, a in state.items()}
         self._rate = self._sharded.replicated(np.array(rate_settings(config), np.float32))
-        self.healthy = [True] * devices.size
         self.rearm()
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
@@ -59,8 +58,12 @@ class PjrtStep(StepState):
         self._on_device, self._refused, applied, passed, telemetry, healthy = self._sharded.program(
             self._on_device, self._refused, self._rate, *batch
         )
-        self.healthy = np.asarray(healthy).tolist()
-        return StepResult(bool(applied), np.asarray(passed), np.asarray(telemetry))
+        return StepResult(
+            bool(applied),
+            np.asarray(passed),
+            np.asarray(telemetry),
+            np.asarray(healthy).tolist(),
+        )
 
     def ahead(self, batches: tf.data.Dataset) -> Iterator[Mapping[str, tf.Tensor]]:
         source = iter(batches)

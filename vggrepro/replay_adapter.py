@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,13 @@ from diagnostics.protocol import (
     Telemetry,
 )
 from diagnostics.snapshot import hash_arrays
-from vggrepro import accelerator, counterfactual_changes, inheritance, loss_scale
+from vggrepro import (
+    accelerator,
+    counterfactual_changes,
+    engine_record,
+    inheritance,
+    loss_scale,
+)
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import command_line
 from vggrepro.data_source import DataSource, open_data
@@ -120,6 +126,7 @@ class VggRun:
             self._validation_errors(),
             self._spare_steps,
             None if exact else self._multiply_dtype,
+            self.replicas_at,
         )
 
     def emulating(self, machine: str) -> VggRun:
@@ -134,6 +141,10 @@ class VggRun:
         twin._multiply_dtype = tf.bfloat16
         twin.facts = dataclasses.replace(self.facts, precision="float32, multiplied in bfloat16")
         return twin
+
+    def replicas_at(self, step: int) -> int:
+        """As of how many replicas a step is computed, one after the other on one device."""
+        return engine_record.replicas_at(self._manifest, step)
 
     def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
         found = counterfactual_changes.candidates(self.config, self.facts, step, suspects)
@@ -246,6 +257,7 @@ class VggProgram:
         the learning rate's plateau rule, so that no validation is run again.
       spare: compiled steps that released programs left; one is taken if it fits.
       multiply_dtype: as `TrainStep`.
+      replicas_at: as of how many replicas a step is computed.
     """
 
     def __init__(
@@ -255,11 +267,13 @@ class VggProgram:
         validation_errors: Mapping[int, float],
         spare: list[TrainStep],
         multiply_dtype: tf.DType | None = None,
+        replicas_at: Callable[[int], int] = lambda step: 1,
     ) -> None:
         self._config, self._change = config, change
         self._multiply_dtype = multiply_dtype
         self._validation_errors = validation_errors
         self._spare = spare
+        self._replicas_at = replicas_at
         self._network = _network(config)
         self._step: TrainStep | None = None
 
@@ -311,6 +325,7 @@ class VggProgram:
     def _ready(self, step: int) -> TrainStep:
         """The compiled step, after the validation that came before it."""
         compiled = self._loaded()
+        compiled.replicas = self._replicas_at(step)
         if step in self._validation_errors:
             compiled.record_validation(step, self._validation_errors[step])
         return compiled

@@ -23,12 +23,15 @@ class CoreResult(NamedTuple):
     Attributes:
       gradients: of the data loss (no L2), in the order of the parameters.
       top1, top5: float32, examples classified right.
+      healthy: bool [replicas], whether all of its own was finite on each; () where there is
+        but one.
     """
 
     forward: Forward
     gradients: list[tf.Tensor]
     top1: tf.Tensor
     top5: tf.Tensor
+    healthy: tf.Tensor | tuple[()] = ()
 
 
 def loss_and_gradients(

@@ -26,13 +26,10 @@ class StepState:
     Attributes:
       config: `classes` is set.
       layout: of checks and telemetry.
-      healthy: on each replica of the last step, whether all of its own was finite; () where
-        there is but one.
       variables: the state by name; each has `numpy()` and `assign(value)`.
     """
 
     variables: Mapping[str, Any]
-    healthy: Sequence[bool] = ()
 
     def __init__(self, config: TrainConfig, network: Network) -> None:
         self.config = config

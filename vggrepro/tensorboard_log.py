@@ -82,6 +82,8 @@ class _Message(Protocol):
 class TensorBoardLog(Hook):
     """Writes `tensorboard/` in the run directory. Use as a context manager."""
 
+    chief_only = True
+
     def __init__(self) -> None:
         self._writer: EventFileWriter | None = None
         self._steps = 0

@@ -7,9 +7,11 @@ compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diagnostics import guard
@@ -17,8 +19,10 @@ from diagnostics.guard import Forward, StepResult
 from vggrepro import loss_scale
 from vggrepro.config import TrainConfig
 from vggrepro.dropout import Dropout
+from vggrepro.evaluation import batch_sums
 from vggrepro.model import Network
 from vggrepro.optimizer import MomentumSGD, RateSettings, learning_rate
+from vggrepro.replica_evidence import brought_together, evidence_row
 from vggrepro.step_core import CoreResult, loss_and_gradients
 from vggrepro.step_state import State, StepState, initial_state, rate_settings
 from vggrepro.step_update import NOT_REFUSED, Norms, by_layer, judge, telemetry_row
@@ -35,7 +39,13 @@ class TrainStep(StepState):
       config: `classes` must be set.
       state: named arrays as `state()` returns them; None draws initial weights.
       multiply_dtype: of a replay that imitates a TPU, as `model.forward`.
+
+    Attributes:
+      replicas: as of how many replicas a step is computed, their rows one run after the
+        other. On a CPU it has the bits of so many replicas on CPUs, for their replay.
     """
+
+    replicas = 1
 
     def __init__(
         self,
@@ -51,38 +61,39 @@ class TrainStep(StepState):
         self._scaled = loss_scale.has_loss_scale(config.precision)
         start = initial_state(config, network) if state is None else state
         self.variables = {
-            name: tf.Variable(value, trainable=False, name=name.replace("/", "_"))
-            for name, value in start.items()
+            name: self._variable(value, name.replace("/", "_")) for name, value in start.items()
         }
-        self._rate = tf.Variable([0.0, 0.0], trainable=False)
+        self._rate = self._variable(np.zeros(2, np.float32), "rate")
         self.reconfigure(config)
-        self._refused = tf.Variable(NOT_REFUSED, dtype=tf.int64, trainable=False)
+        self._refused = self._variable(np.array(NOT_REFUSED, np.int64), "refused")
         self._compiled = tf.function(self._step, jit_compile=False, autograph=False)
         self._compiled_loop = tf.function(self._loop, jit_compile=False, autograph=False)
+        self._sums = tf.function(self._evaluated, jit_compile=False, autograph=False)
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> StepResult:
         """Runs one step on images float32 [B, s, s, 3] and labels int32 [B]."""
-        applied, passed, telemetry = self._compiled(images, labels)
-        return StepResult(bool(applied), passed.numpy(), telemetry.numpy())
+        results = self._compiled(*self._fed(images, labels), self.replicas)
+        return _result(tensor.numpy() for tensor in results)
 
     def loop(self, batches: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> list[StepResult]:
         if len(batches) == 1:
             return super().loop(batches)
-        images, labels = (tf.stack(parts) for parts in zip(*batches, strict=True))
-        results = (tensor.numpy() for tensor in self._compiled_loop(images, labels))
-        return [StepResult(bool(applied), *rest) for applied, *rest in zip(*results, strict=True)]
+        parts = zip(*(self._fed(*batch) for batch in batches), strict=True)
+        images, labels = (self._stacked(part) for part in parts)
+        results = (tensor.numpy() for tensor in self._compiled_loop(images, labels, len(batches)))
+        return [_result(row) for row in zip(*results, strict=True)]
 
-    def _loop(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """`_step` on images [N, B, ...] and labels [N, B], one after the other."""
-        kinds = (tf.bool, tf.bool, tf.float32)
-        kept = tuple(tf.TensorArray(kind, size=images.shape[0]) for kind in kinds)
+    def _loop(self, images: Any, labels: Any, steps: int) -> tuple[tf.Tensor, ...]:
+        """`_step` on images [steps, B, ...] and labels [steps, B], one after the other."""
+        kinds = (tf.bool, tf.bool, tf.float32, tf.bool)
+        kept = tuple(tf.TensorArray(kind, size=steps) for kind in kinds)
 
         def body(row: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
-            results = self._step(images[row], labels[row])
+            results = self._step(*self._taken(images, labels, row))
             return row + 1, *(a.write(row, r) for a, r in zip(kept, results, strict=True))
 
         _, *kept = tf.while_loop(
-            lambda row, *rest: row < images.shape[0],
+            lambda row, *rest: row < steps,
             body,
             (tf.constant(0), *kept),
             parallel_iterations=1,
@@ -94,6 +105,10 @@ class TrainStep(StepState):
         if not device.endswith("CPU:0"):  # where the pipeline leaves them
             batches = batches.apply(tf.data.experimental.prefetch_to_device(device, 2))
         return super().ahead(batches)
+
+    def batch_sums(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> np.ndarray:
+        """float64 [replicas, 4]: `evaluation.batch_sums` of each one's rows."""
+        return self._sums(*self._fed(images, labels, weights), self.replicas).numpy()
 
     def reconfigure(self, config: TrainConfig) -> None:
         super().reconfigure(config)
@@ -108,33 +123,111 @@ class TrainStep(StepState):
     def _tensors(self, prefix: str) -> list[tf.Tensor]:
         return [self.variables[f"{prefix}/{name}"].read_value() for name in self._names]
 
-    def _step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        step = self.variables["counters/step"].read_value()
-        if not self._scaled:
-            core = self._core(images, labels, step)
-            return self._gated_update(core, step, images.shape[0])
-        scale = self.variables[loss_scale.SCALE].read_value()
-        return self._gated_update(
-            self._core(images, labels, step, loss_scale=scale),
-            step,
-            images.shape[0],
-            lambda: self._core(images, labels, step).gradients,
-        )
+    # What differs where several replicas share the batch (`distributed_step`).
+
+    def _variable(self, value: np.ndarray, name: str) -> Any:
+        return tf.Variable(value, trainable=False, name=name)
+
+    def _fed(self, *batch: tf.Tensor) -> tuple[Any, ...]:
+        """A batch as `_step` takes it."""
+        return batch
+
+    def _stacked(self, parts: Sequence[Any]) -> Any:
+        """What was fed for several steps, as one argument."""
+        return tf.stack(parts)
+
+    def _taken(self, images: Any, labels: Any, row: tf.Tensor) -> tuple[Any, Any]:
+        """One step's part of `_stacked`."""
+        return images[row], labels[row]
+
+    def _common(self, passed: tf.Tensor) -> tf.Tensor:
+        """bool [checks]: what passed on every replica."""
+        return passed
 
     def _core(
         self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, **options: Any
     ) -> CoreResult:
+        """Of the global batch."""
+        rows = images.shape[0]
+        if self.replicas == 1:
+            return self._share(images, labels, step, 0, rows, **options)
+        shares = [
+            self._share(part, its_labels, step, number * part.shape[0], rows, **options)
+            for number, (part, its_labels) in enumerate(self._shares(images, labels))
+        ]
+        gradients = zip(*(own.gradients for own in shares), strict=True)
+        evidence = tf.stack([evidence_row(own) for own in shares])
+        return brought_together(evidence, [tf.add_n(parts) for parts in gradients])
+
+    def _at_scale_one(
+        self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """The gradients that tell a skip from an incident; they are never written.
+
+        Each of several replicas judges its own, because none can exchange anything inside of
+        a conditional: here the first one's, NaN where another one's are not finite.
+        """
+        rows = images.shape[0]
+        first, *others = (
+            self._share(part, its_labels, step, number * part.shape[0], rows).gradients
+            for number, (part, its_labels) in enumerate(self._shares(images, labels))
+        )
+        for other in others:
+            finite = [tf.reduce_all(tf.math.is_finite(gradient)) for gradient in other]
+            first = [tf.where(ok, own, np.nan) for ok, own in zip(finite, first, strict=True)]
+        return first
+
+    def _shares(self, *batch: tf.Tensor) -> Iterator[tuple[tf.Tensor, ...]]:
+        return zip(*(tf.split(part, self.replicas) for part in batch), strict=True)
+
+    def _evaluated(self, *batch: Any) -> tf.Tensor:
+        *rows, _ = batch
+        return tf.stack([self._rows_evaluated(*share) for share in self._shares(*rows)])
+
+    def _rows_evaluated(self, *rows: tf.Tensor) -> tf.Tensor:
+        return batch_sums(self.network, self._parameter_tensors(), self._compute_dtype, *rows)
+
+    def _global_rows(self, images: tf.Tensor) -> int:
+        """Rows of the batch that `_step` has part or all of."""
+        return images.shape[0]
+
+    def _share(
+        self,
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        step: tf.Tensor,
+        first_row: int | tf.Tensor,
+        global_rows: int,
+        **options: Any,
+    ) -> CoreResult:
+        """Of some rows of the global batch."""
         return loss_and_gradients(
             self.network,
             self._parameter_tensors(),
             images,
             labels,
-            dropout=Dropout.of_step(self.config.dropout, self.config.seed, step),
+            dropout=Dropout.of_step(self.config.dropout, self.config.seed, step, first_row),
             compute_dtype=self._compute_dtype,
             multiply_dtype=self.multiply_dtype,
-            global_rows=images.shape[0],
+            global_rows=global_rows,
             **options,
         )
+
+    def _step(self, images: Any, labels: Any, *key: int) -> tuple[tf.Tensor, ...]:
+        """(applied, passed, telemetry, healthy [replicas]).
+
+        Args:
+          key: of the compiled program besides shapes: `replicas`.
+        """
+        step = self.variables["counters/step"].read_value()
+        scaling: dict[str, Any] = {}
+        at_scale_one = None
+        if self._scaled:
+            scaling = {"loss_scale": self.variables[loss_scale.SCALE].read_value()}
+            at_scale_one = functools.partial(self._at_scale_one, images, labels, step)
+        core = self._core(images, labels, step, **scaling)
+        rows, healthy = self._global_rows(images), tf.convert_to_tensor(core.healthy, tf.bool)
+        return *self._gated_update(core, step, rows, at_scale_one), healthy
 
     def run_op_by_op(
         self, images: tf.Tensor, labels: tf.Tensor, phase: Callable[[str], None]
@@ -144,7 +237,7 @@ class TrainStep(StepState):
         At loss scale 1: what is not finite there is what makes an incident.
         """
         step = self.variables["counters/step"].read_value()
-        core = self._core(images, labels, step, phase=phase)
+        core = self._share(images, labels, step, 0, images.shape[0], phase=phase)
         phase("update")
         rate = self._learning_rate(step)
         scale = self._optimizer.clip_scale(guard.exact_norm(core.gradients))
@@ -168,33 +261,88 @@ class TrainStep(StepState):
         """
         rate = self._learning_rate(step)
         scale = self.variables[loss_scale.SCALE].read_value() if self._scaled else None
-        gradients = dict(zip(self._names, core.gradients, strict=True))
         gradient_norms = tf.sqrt(guard.squares(by_layer(core.gradients)))
         weight_norms = tf.sqrt(guard.squares(by_layer(self._tensors("params"))))
         velocity_norms = tf.sqrt(guard.squares(by_layer(self._tensors("momentum"))))
         bound = self._optimizer.norm_bound(weight_norms, velocity_norms, gradient_norms, rate)
         # NaN compares as false, so a NaN norm fails here too.
         conclusive = bound < guard.SAFE_BOUND
-        passed = guard.passed_vector(core.forward, conclusive, conclusive, conclusive)
-        armed = tf.equal(self._refused.read_value(), NOT_REFUSED)
+        at_a_glance = guard.passed_vector(core.forward, conclusive, conclusive, conclusive)
 
-        def fast() -> tuple[tf.Tensor, ...]:
-            global_norm = tf.norm(gradient_norms)
-            self._write(gradients, rate, global_norm)
-            norms = Norms(gradient_norms, weight_norms, velocity_norms, global_norm)
-            return tf.constant(True), passed, *norms, tf.constant(False)
+        def glance() -> tuple[tf.Tensor, ...]:
+            norms = Norms(gradient_norms, weight_norms, velocity_norms, tf.norm(gradient_norms))
+            return at_a_glance, *norms, tf.constant(False)
 
-        def careful() -> tuple[tf.Tensor, ...]:
-            return self._careful_update(core.forward, gradients, rate, step, armed, at_scale_one)
+        def look() -> tuple[tf.Tensor, ...]:
+            return self._every_element(core.forward, core.gradients, rate, at_scale_one)
 
-        clear = tf.logical_and(armed, tf.reduce_all(passed))
-        applied, passed, *norms, skipped = tf.cond(clear, fast, careful)
-        accuracies = (core.top1 / rows, core.top5 / rows)
-        extra = () if scale is None else loss_scale.telemetry_of(scale, skipped)
-        telemetry = telemetry_row(
-            self._optimizer, core.forward, accuracies, rate, Norms(*norms), extra
+        passed, *parts, overflow = tf.cond(tf.reduce_all(at_a_glance), glance, look)
+        passed, norms = self._common(passed), Norms(*parts)
+        applied = self._write_if_passed(
+            passed, core.gradients, rate, norms.all_gradients, step, overflow
         )
+        accuracies = (core.top1 / rows, core.top5 / rows)
+        skipped = tf.logical_and(applied, overflow)
+        extra = () if scale is None else loss_scale.telemetry_of(scale, skipped)
+        telemetry = telemetry_row(self._optimizer, core.forward, accuracies, rate, norms, extra)
         return applied, passed, telemetry
+
+    def _every_element(
+        self,
+        seen: Forward,
+        gradients: Sequence[tf.Tensor],
+        rate: tf.Tensor,
+        at_scale_one: Callable[[], list[tf.Tensor]] | None,
+    ) -> tuple[tf.Tensor, ...]:
+        """(passed, *norms, overflow) where a glance at the norms was not enough.
+
+        A norm may have overflowed and nothing else. Gradients that overflowed at their loss
+        scale are judged by those at scale 1, which decide between a skip and a refusal.
+        """
+        judged_by, overflow = list(gradients), tf.constant(False)
+        if at_scale_one is not None:
+            overflow = loss_scale.overflowed(gradients)
+            judged_by = tf.cond(overflow, at_scale_one, lambda: list(gradients))
+        judged = judge(
+            self._optimizer,
+            self._names,
+            seen,
+            judged_by,
+            self._tensors("params"),
+            self._tensors("momentum"),
+            rate,
+        )
+        return judged.passed, *judged.norms, overflow
+
+    def _write_if_passed(
+        self,
+        passed: tf.Tensor,
+        gradients: Sequence[tf.Tensor],
+        rate: tf.Tensor,
+        global_norm: tf.Tensor,
+        step: tf.Tensor,
+        overflow: tf.Tensor,
+    ) -> tf.Tensor:
+        """Whether the step was taken; else it is remembered as refused."""
+        refused = self._refused.read_value()
+        armed = tf.equal(refused, NOT_REFUSED)
+
+        def write() -> tf.Tensor:
+            self._write(dict(zip(self._names, gradients, strict=True)), rate, global_norm)
+            return tf.constant(True)
+
+        def skip() -> tf.Tensor:
+            self._advance(skipped=True)
+            return tf.constant(True)
+
+        def take() -> tf.Tensor:
+            return tf.cond(overflow, skip, write) if self._scaled else write()
+
+        def refuse() -> tf.Tensor:
+            self._refused.assign(tf.where(armed, step, refused))
+            return tf.constant(False)
+
+        return tf.cond(tf.logical_and(armed, tf.reduce_all(passed)), take, refuse)
 
     def _learning_rate(self, step: tf.Tensor) -> tf.Tensor:
         base, warmup = tf.unstack(self._rate.read_value())
@@ -223,48 +371,7 @@ class TrainStep(StepState):
             for name, value in scaling.items():
                 self.variables[name].assign(value)
 
-    def _careful_update(
-        self,
-        seen: Forward,
-        gradients: Mapping[str, tf.Tensor],
-        rate: tf.Tensor,
-        step: tf.Tensor,
-        armed: tf.Tensor,
-        at_scale_one: Callable[[], list[tf.Tensor]] | None = None,
-    ) -> tuple[tf.Tensor, ...]:
-        """Looks at every element; applies the update if only a norm had overflowed.
 
-        Gradients that overflowed at their loss scale are judged by those at scale 1, which
-        decide between a skip and a refusal; they are never written.
-        """
-        judged_by, overflow = list(gradients.values()), tf.constant(False)
-        if at_scale_one is not None:
-            overflow = loss_scale.overflowed(judged_by)
-            judged_by = tf.cond(overflow, at_scale_one, lambda: list(gradients.values()))
-        judged = judge(
-            self._optimizer,
-            self._names,
-            seen,
-            judged_by,
-            self._tensors("params"),
-            self._tensors("momentum"),
-            rate,
-        )
-
-        def write() -> tf.Tensor:
-            self._write(gradients, rate, judged.norms.all_gradients)
-            return tf.constant(True)
-
-        def skip() -> tf.Tensor:
-            self._advance(skipped=True)
-            return tf.constant(True)
-
-        def refuse() -> tf.Tensor:
-            self._refused.assign(tf.where(armed, step, self._refused.read_value()))
-            return tf.constant(False)
-
-        def take() -> tf.Tensor:
-            return write() if at_scale_one is None else tf.cond(overflow, skip, write)
-
-        applied = tf.cond(tf.logical_and(armed, tf.reduce_all(judged.passed)), take, refuse)
-        return applied, judged.passed, *judged.norms, tf.logical_and(applied, overflow)
+def _result(parts: Iterable[np.ndarray]) -> StepResult:
+    applied, passed, telemetry, healthy = parts
+    return StepResult(bool(applied), passed, telemetry, healthy.tolist())

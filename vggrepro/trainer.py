@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,33 +13,27 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.divergence import DivergenceWatch
-from diagnostics.errors import InputError, StoppedByGuard
-from diagnostics.forecast import Forecast
+from diagnostics.errors import StoppedByGuard
 from diagnostics.guard import StepResult
 from diagnostics.guard_self_test import self_test
 from diagnostics.snapshot import hash_arrays
 from diagnostics.stall import StallWatch
-from vggrepro import accelerator, inheritance
+from vggrepro import accelerator
+from vggrepro.accelerator import Engine
 from vggrepro.config import TrainConfig
-from vggrepro.data_source import DataSource, open_data
-from vggrepro.environment import describe_environment
-from vggrepro.forecast_vgg import check_before_training, image_scales, measured_forecast
+from vggrepro.engine_record import with_engine
 from vggrepro.hooks import Announcer, Hook
 from vggrepro.incident_report import save_incident
-from vggrepro.init_notes import init_note
 from vggrepro.keras_export import save_weights
-from vggrepro.model import Network, build_network
-from vggrepro.recipes import override_line, recipe_entries
-from vggrepro.run_directory import RunDirectory, check_free
 from vggrepro.run_facts import run_facts
+from vggrepro.run_start import RunStart, look_on, make_run, open_run
 from vggrepro.step_metrics import StepMetrics
-from vggrepro.step_state import State, initial_state
+from vggrepro.step_state import State
 from vggrepro.stop_request import StopRequest
 from vggrepro.training_step import evaluator, training_step
+from vggrepro.workers import LOST_ERRORS
 
 WEIGHTS_FILE = "final.weights.h5"
-_MANIFEST_SCHEMA = 1
-_FORECAST_IMAGES = 8  # of the batch that is run through inherited weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,7 @@ def train(
     resume: bool = False,
     strict: bool = False,
     recipe_name: str = "",
+    engine: Engine | None = None,
 ) -> TrainResult:
     """Trains from step 0, or goes on from the last valid checkpoint.
 
@@ -78,127 +72,39 @@ def train(
         signal or gradient explode or vanish; without it that is a warning.
       recipe_name: the recipe that the configuration came from; the manifest tags fields
         that are not the recipe's as deviations.
+      engine: of `accelerator.start`, which it else calls.
 
     Raises:
       InputError: bad configuration or data, a run that cannot be resumed.
       GuardFailure: the guard's self-test did not fire.
       StoppedByGuard: a value was not finite; the incident is saved.
     """
-    device = accelerator.prepare(config)
+    engine = engine or accelerator.start(config)
+    hooks = [hook for hook in hooks if engine.workers.is_chief or not hook.chief_only]
     announce = Announcer(hooks)
-    if not resume:
-        # Both before the minutes that a large data set's statistics take.
-        check_free(run_dir)
-        source = inheritance.source_of(config, announce.warning)
     with ExitStack() as stack:
-        if resume:
-            run = stack.enter_context(RunDirectory.open(run_dir, True, announce.warning))
-            data = open_data(config, announce.info, run.manifest()["data"])
+        stack.enter_context(engine.workers.together())
+        if not engine.workers.is_chief:
+            begun = look_on(config, run_dir, announce, engine)
+        elif resume:
+            begun = open_run(config, run_dir, announce, engine, stack)
         else:
-            data = open_data(config, announce.info)
-        classes = len(data.class_names)
-        config = dataclasses.replace(config, classes=classes)
-        network = build_network(
-            config.arch, width=config.width, image_size=config.image_size, classes=classes
-        )
-        if not resume:
-            inherited = inheritance.inherit(config, network, source)
-            for line in inherited.lines():
-                announce.info(line)
-            forecast = _forecast(config, network, data, announce, strict, inherited.parameters)
-            manifest = _first_manifest(config, network, data, device, forecast)
-            manifest["inheritance"] = inherited.record
-            manifest |= recipe_entries(config, recipe_name, data.record["train_images"])
-            if recipe_name:
-                announce.info(override_line(**manifest["recipe"]))
-            run = stack.enter_context(
-                RunDirectory.create(run_dir, config.to_dict(), manifest, announce.warning)
-            )
-            inherited.keep(run.path)
-        stack.enter_context(tf.device(accelerator.device_name(config)))
-        return _Session(config, network, data, run, announce, device).train()
-
-
-def _forecast(
-    config: TrainConfig,
-    network: Network,
-    data: DataSource,
-    announce: Announcer,
-    strict: bool,
-    inherited: State,
-) -> Forecast:
-    """Says what the initial weights will do on the first batch.
-
-    Drawn ones by formulas; inherited ones are run on a few images.
-
-    Raises:
-      InputError: `strict`, and signal or gradient explodes or vanishes.
-    """
-    batch = data.training_batch(0)
-    images = batch["images"].numpy()
-    forecast = check_before_training(config, network, *image_scales(images))
-    if inherited:
-        few = images[:_FORECAST_IMAGES], batch["labels"].numpy()[:_FORECAST_IMAGES]
-        found = measured_forecast(network, config.init, config.seed, *few, inherited)
-        forecast = dataclasses.replace(found, init=f"{config.init} with inherited layers")
-    if forecast.verdict == "fine":
-        announce.info(forecast.line())
-        return forecast
-    note = init_note(config.init) or ""
-    if strict:
-        raise InputError(
-            forecast.line(), f"{note} Choose another --init, or leave out --strict".strip()
-        )
-    announce.warning(f"{forecast.line()}. {note}".strip())
-    return forecast
-
-
-def _first_manifest(
-    config: TrainConfig, network: Network, data: DataSource, device: str, forecast: Forecast
-) -> dict[str, Any]:
-    """manifest.json before step 0."""
-    return {
-        "schema": _MANIFEST_SCHEMA,
-        "status": "running",
-        "steps": 0,
-        "parameter_count": network.parameter_count(),
-        "data": data.record,
-        "forecast": {"verdict": forecast.verdict, "reason": forecast.reason},
-        "seeds": {"run": config.seed},
-        "parent_run": config.init_from or None,
-        "environment": describe_environment([device]),
-        "final_weights_sha256": None,
-        "final_metrics": None,
-    }
+            begun = make_run(config, run_dir, announce, engine, stack, strict, recipe_name)
+        engine.workers.must_agree("configuration or data", begun.fingerprint())
+        stack.enter_context(tf.device(engine.device))
+        return _Session(begun, announce, engine).train()
 
 
 class _Session:
     """One process's share of a run, from its first step to its end."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        network: Network,
-        data: DataSource,
-        run: RunDirectory,
-        announce: Announcer,
-        device: str,
-    ) -> None:
-        self._config, self._network, self._data = config, network, data
-        self._run, self._announce, self._device = run, announce, device
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None and checkpoint[0] > config.steps:
-            raise InputError(
-                f"{run.path} has done {checkpoint[0]} steps already, more than {config.steps}",
-                "Give a larger --steps",
-            )
-        if checkpoint is not None:
-            state = checkpoint[1]
-        else:
-            inherited = inheritance.kept_parameters(run.path, config)
-            state = initial_state(config, network, inherited)
-        self._step = training_step(config, network, state)
-        self._now = checkpoint[0] if checkpoint else 0
+    def __init__(self, begun: RunStart, announce: Announcer, engine: Engine) -> None:
+        config, network = begun.config, begun.network
+        self._config, self._network, self._data = config, network, begun.data
+        self._run, self._announce, self._engine = begun.run, announce, engine
+        self._workers = engine.workers
+        self._step = training_step(config, network, begun.state, engine)
+        self._now = int(self._step.variables["counters/step"].numpy())
         self._metrics = StepMetrics(self._step.layout, config.batch_size, config.precision)
         self._divergence = DivergenceWatch()
         self._stall = StallWatch(run_facts(config, network))
@@ -212,7 +118,8 @@ class _Session:
         run.telemetry.start(self._step.layout.columns(), self._now)
         if self._now == 0:
             run.update_manifest(initial_weights_sha256=self._weights_hash())
-        run.update_manifest(status="running", steps=self._now)
+        engines = with_engine(run.manifest(), self._now, self._engine.record())
+        run.update_manifest(status="running", steps=self._now, engines=engines)
         try:
             with StopRequest() as stop:
                 self._start()
@@ -228,7 +135,9 @@ class _Session:
         result = TrainResult(
             run.path, "finished" if finished else "interrupted", self._now, self._last_evaluation
         )
-        self._close(result)
+        if self._workers.is_chief:
+            self._close(result)
+        self._workers.part()
         for hook in self._announce.hooks:
             hook.on_end(result)
         return result
@@ -242,7 +151,7 @@ class _Session:
             "train_images": len(self._data.training.index),
             "val_images": len(self._data.validation.index),
             "classes": self._config.classes,
-            "device": self._device,
+            "device": self._engine.description,
             "guard_checks": fired,
             "sample_images": batch["images"].numpy() + np.array(self._data.mean_rgb, np.float32),
         }
@@ -261,7 +170,7 @@ class _Session:
                 self._save_checkpoint()
             if self._now == config.steps:
                 return True
-            if stop.raised:
+            if self._workers.any(stop.raised):
                 return False
             self._host_loop(batches)
 
@@ -310,20 +219,34 @@ class _Session:
         self, result: StepResult, batch: Mapping[str, tf.Tensor], metrics: Mapping[str, Any]
     ) -> None:
         self._run.telemetry.flush()
+        # Each worker's rows as they were fed, one after the other.
+        whole = {
+            name: np.concatenate(self._workers.gather(tensor.numpy()))
+            for name, tensor in batch.items()
+        }
+        self._workers.part()
+        failed = [
+            check
+            for check, passed in zip(self._step.layout.checks(), result.passed, strict=True)
+            if not passed
+        ]
+        if not self._workers.is_chief:
+            raise StoppedByGuard(
+                f"step {self._now}: {failed[0].describe()} is not finite, on one worker or more; "
+                "nothing of this step was written",
+                "The chief keeps the incident",
+            )
         raise save_incident(
             self._run,
             step=self._now,
-            failed=[
-                check
-                for check, passed in zip(self._step.layout.checks(), result.passed, strict=True)
-                if not passed
-            ],
+            failed=failed,
             state=self._step.state(),
-            batch={name: tensor.numpy() for name, tensor in batch.items()},
+            batch=whole,
             name_of=self._data.training.name_of,
             metrics=metrics,
             config=self._config,
-            replicas=self._step.healthy,
+            healthy=result.healthy,
+            engine=self._engine.record(),
         )
 
     def _evaluate_if_due(self, stop: StopRequest) -> bool:
@@ -337,8 +260,12 @@ class _Session:
         if not scheduled and now != config.steps:
             return True
         try:
-            metrics = self._evaluator.evaluate(self._data.validation, lambda: stop.raised)
+            metrics = self._evaluator.evaluate(
+                self._data.validation, lambda: stop.raised, self._workers
+            )
         except tf.errors.OpError as error:
+            if self._workers.count > 1 and isinstance(error, LOST_ERRORS):
+                raise
             raise self._data.explain_validation(error) from error
         if metrics is None:
             return False

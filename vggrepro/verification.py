@@ -150,6 +150,7 @@ class _Replay:
                     self._check_state(now, step)
                 if now == end or (self._first is not None and not self._states_ahead(now, end)):
                     break
+                step.replicas = self._recording.replicas_at(now)
                 self._run_step(now, step, metrics, _next(batches, data, now))
             if end == self._manifest.get("steps"):
                 self._check_weights(end, "final_weights_sha256", step)

@@ -25,6 +25,7 @@ Trains a net. With no option: a narrow VGG-A on synthetic JPEG files made on the
 spot, in under two minutes on two cores."""
 
 INTERRUPTED = 130
+_CHANGEABLE = ("steps", "strategy")  # of a run that goes on
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--resume",
         type=path_or_url,
         metavar="RUN_DIR",
-        help="go on exactly where this run stopped; only --steps may be changed with it",
+        help="go on exactly where this run stopped; only --steps and --strategy may be changed",
     )
     parser.add_argument(
         "--recipe",
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     config = _resumed_config(options) if resume else _new_config(options)
     run_dir = options.resume or options.run_dir or new_run_dir(config, datetime.now())
     named = options.recipe or ""
-    result = _train(_with_absolute_paths(config), run_dir, resume, options.strict, named)
+    result = _train(config, run_dir, resume, options.strict, named)
     _print_summary(result)
     return INTERRUPTED if result.status == "interrupted" else 0
 
@@ -120,11 +121,12 @@ def _resumed_config(options: argparse.Namespace) -> TrainConfig:
     given = given_values(options)
     conflicts = [name for name, value in given.items() if value != values[name]]
     conflicts += [name for name in ("run_dir", "recipe") if getattr(options, name) is not None]
-    refused = dict.fromkeys(option_name(name) for name in conflicts if name != "steps")
+    refused = dict.fromkeys(option_name(name) for name in conflicts if name not in _CHANGEABLE)
     if refused:
         raise InputError(
             f"{', '.join(refused)} cannot be changed when resuming {options.resume}",
-            "Only --steps may be given with --resume; start a new run for anything else",
+            "Only --steps and --strategy may be given with --resume; start a new run for anything "
+            "else",
         )
     return TrainConfig.from_dict({**values, **given})
 
@@ -132,13 +134,17 @@ def _resumed_config(options: argparse.Namespace) -> TrainConfig:
 def _train(
     config: TrainConfig, run_dir: Path, resume: bool, strict: bool, named: str
 ) -> TrainResult:
+    from vggrepro import accelerator
     from vggrepro.progress import ProgressDisplay
     from vggrepro.tensorboard_log import TensorBoardLog
     from vggrepro.trainer import train
 
+    # Before anything else runs in TensorFlow: several workers or replicas must be its first act.
+    engine = accelerator.start(config)
+    config = _with_absolute_paths(config)
     with ExitStack() as stack:
         hooks = [stack.enter_context(ProgressDisplay()), stack.enter_context(TensorBoardLog())]
-        return train(config, run_dir, hooks, resume=resume, strict=strict, recipe_name=named)
+        return train(config, run_dir, hooks, resume, strict, named, engine)
 
 
 def _print_summary(result: TrainResult) -> None:
