@@ -5,7 +5,7 @@ no second import, and each takes its own devices.
 
 Usage: python distributed_runs.py DATA_DIR WORK_DIR SCENARIO...
 Writes WORK_DIR/<scenario>.<worker>.{out,err}; prints one JSON line: {scenario: [exit codes]},
-of 'torn' what `torn_state` returns.
+of 'torn' and 'float16' what those functions return.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ import numpy as np
 import tensorflow as tf
 from small_runs import random_batch, tiny_config, tiny_network
 
+from diagnostics.snapshot import hash_arrays
 from vggrepro import accelerator, cli, run_start
 from vggrepro.config import TrainConfig
 from vggrepro.config_options import option_name
+from vggrepro.loss_scale import SCALE
 from vggrepro.step_state import initial_state
+from vggrepro.train_step import TrainStep
 from vggrepro.training_step import training_step
 
 BAD_STEP, BAD_ROW = 4, 6  # of the global batch of 8: the third row of worker 1 of 2
@@ -178,6 +181,30 @@ def torn_state() -> list[Any]:
     return [result.applied, failed, bits() == before, again.applied]
 
 
+def float16() -> list[Any]:
+    """Two replicas in float16 whose loss scale overflows, beside one device that computes both.
+
+    Returns:
+      Whether the step was applied, and skipped; whether state and telemetry have the same bits
+      in both; and whether a NaN is refused by both in the next step.
+    """
+    os.environ["VGGREPRO_VIRTUAL_CPUS"] = "2"
+    config = tiny_config(strategy="mirrored", precision="float16", warmup_steps=0)
+    network = tiny_network(config)
+    engine = accelerator.start(config)
+    start = {**initial_state(config, network), SCALE: np.array(2.0**24, np.float32)}
+    steps = training_step(config, network, start, engine), TrainStep(config, network, start)
+    steps[1].replicas = 2
+    images, labels = random_batch(config)
+    results = [step(tf.constant(images), tf.constant(labels)) for step in steps]
+    named = dict(zip(steps[0].layout.columns(), results[0].telemetry.tolist(), strict=True))
+    same = len({hash_arrays(step.state()) for step in steps}) == 1
+    same = same and len({result.telemetry.tobytes() for result in results}) == 1
+    images[BAD_ROW, 3, 3, 0] = np.nan
+    later = [step(tf.constant(images), tf.constant(labels)).applied for step in steps]
+    return [results[0].applied, named["skipped"], same, later]
+
+
 def in_a_child(function: Callable[[], Any]) -> Callable[[], Any]:
     """Starts a function in a process of its own; what is returned waits for its answer."""
     reading, writing = os.pipe()
@@ -224,6 +251,7 @@ def main() -> None:
         "stopped": fresh("stopped", **two, prepare=stopped),
         "stopped-on": resumed("stopped-on", "stopped", workers=2),
         "torn": lambda: in_a_child(torn_state)(),
+        "float16": lambda: in_a_child(float16)(),
     }
 
     def codes(names: list[str]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from vggrepro.workers import Workers
 
 SCENARIOS = (
     *("one", "two", "four", "workers", "four-workers", "poisoned"),
-    *("killed", "killed-on", "stopped", "stopped-on", "torn"),
+    *("killed", "killed-on", "stopped", "stopped-on", "torn", "float16"),
 )
 # Float32 rounding, over six steps at learning rate 0.01; measured: 3e-7.
 TOLERANCE = 1e-5
@@ -189,6 +189,12 @@ def test_a_replica_whose_own_state_is_bad_stops_all_of_them(runs):
     applied, failed, unchanged, again = runs.codes["torn"]
     assert not applied and unchanged and not again
     assert failed == ["new weights and momentum of fc1"]
+
+
+def test_float16_skips_on_all_replicas_at_once_with_the_bits_of_one_device(runs):
+    applied, skipped, same, later = runs.codes["float16"]
+    assert applied and skipped == 1 and same
+    assert later == [False, False]
 
 
 def test_the_self_test_refuses_a_replica_that_sees_nothing(monkeypatch):
