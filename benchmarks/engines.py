@@ -16,6 +16,7 @@ import os
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["JAX_PLATFORMS"] = "cpu"  # an installed libtpu would look for its TPU
 
 import numpy as np
 import tensorflow as tf
