@@ -184,5 +184,5 @@ def test_updates_that_change_nothing_are_a_stall_wherever_the_loss_began(optimiz
 def test_a_rate_that_moves_the_weights_is_tried():
     recorded = _unmoving("SGD", 1e-9, CHANCE)
     rates = livelier_rates(1e-9, recorded, facts(optimizer="SGD", momentum=0.0))
-    assert rates == [1e-8, 0.018]  # 0.5 / 9 of the weights a unit of rate
+    assert rates == [1e-8, 0.018, 0.18]  # 0.5 / 9 of the weights a unit of rate
     assert livelier_rates(0.0, recorded, facts()) == []
