@@ -159,7 +159,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the scores there")
     options = parser.parse_args()
     sys.path[:0] = [str(HERE), str(options.cases)]
-    sets = {"Our own cases": importlib.import_module("own_cases").CASES}
+    own = [importlib.import_module(name).CASES for name in ("own_cases", "own_cases_later")]
+    sets = {"Our own cases": [case for cases in own for case in cases]}
     if options.cases.is_dir():
         published: list[Any] = []
         for file in sorted(options.cases.glob("cases_*.py")):

@@ -51,3 +51,16 @@ def seeded(seed: int) -> np.random.Generator:
     keras.backend.clear_session()
     keras.utils.set_random_seed(4321 + seed)
     return np.random.default_rng(4321 + seed)
+
+
+def registering(cases: list[FaultCase]) -> Callable[..., Any]:
+    """A decorator factory: `@case(id=..., ...)` over a `build` adds a case to the list."""
+
+    def case(**known: Any) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
+        def register(build: Callable[..., Built]) -> Callable[..., Built]:
+            cases.append(FaultCase(build=build, **known))
+            return build
+
+        return register
+
+    return case

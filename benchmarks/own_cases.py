@@ -8,18 +8,11 @@ from __future__ import annotations
 import keras
 import numpy as np
 import tensorflow as tf
-from fault_case import Built, FaultCase, seeded
+from fault_case import Built, FaultCase, registering, seeded
 
 L, opt, init = keras.layers, keras.optimizers, keras.initializers
 CASES: list[FaultCase] = []
-
-
-def _case(**known: object):  # type: ignore[no-untyped-def]
-    def register(build):  # type: ignore[no-untyped-def]
-        CASES.append(FaultCase(build=build, **known))  # type: ignore[arg-type]
-        return build
-
-    return register
+_case = registering(CASES)
 
 
 def _blobs(draw: np.random.Generator, n: int, d: int, classes: int) -> tuple:

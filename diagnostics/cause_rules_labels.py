@@ -34,6 +34,7 @@ def label_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _bottomless_loss(evidence)
     yield from _loss_out_of_proportion(evidence)
     if exploded(evidence):
+        yield from _weighted(evidence)
         yield from _unscaled_targets(evidence)
 
 
@@ -105,6 +106,15 @@ def _lonely_label(evidence: Evidence) -> Iterator[Finding]:
                 yield Finding("labels", 5.0, lonely_sentence(name, stats))
 
 
+def _weighted(evidence: Evidence) -> Iterator[Finding]:
+    """Weights of the losses in the hundreds multiply every gradient."""
+    weights = evidence.facts.extra.get("loss weights")
+    if weights is not None:
+        began = first_loss(evidence)
+        text = "" if began is None else f", so it began at {number(began)}"
+        yield Finding("loss_formula", 4.5, f"The loss is weighted with {weights}{text}")
+
+
 def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
     """A loss that outputs and labels of ordinary size cannot have, where it all began."""
     facts, telemetry, onset = evidence.facts, evidence.telemetry, evidence.onset
@@ -121,10 +131,9 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
         f"Step {onset.step}, where it began, has loss {number(float(loss[row]))}, although its "
         f"outputs are at most {number(outputs)} and the labels of this batch {number(max(targets))}"
     )
-    weights = facts.extra.get("loss weights")
-    if weights is not None:
-        yield Finding("loss_formula", 5.0, f"{text}: it is weighted with {weights}")
-    elif any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
+    if facts.extra.get("loss weights"):
+        return  # they did it, see `_weighted`
+    if any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
         yield Finding("labels", 4.0, f"{text}: labels of that step must have been far larger")
     else:
         yield Finding("loss_formula", 3.0, f"{text}: the formula blows them up")

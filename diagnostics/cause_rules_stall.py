@@ -9,7 +9,7 @@ from diagnostics.cause_rules_numbers import setting_findings
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import gain_bits, layer_gains
 from diagnostics.report_words import number
-from diagnostics.signals import absurd_start, input_arrays
+from diagnostics.signals import absurd_start, input_arrays, input_scale, unscaled
 from diagnostics.stall import (
     FAINT_SIGNAL,
     IDLE_UPDATE,
@@ -104,8 +104,18 @@ def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]
 
 
 def _saturation(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
-    """A gradient that fades through saturating activations."""
+    """A gradient that fades through saturating activations, or ends in one."""
     layers = [e for e in evidence.facts.layers if e.activation in _SATURATING]
+    if layers and signals.unreached and not signals.dead_layers:
+        text = (
+            f"The gradient of {signals.unreached[0]} is exactly 0: {layers[0].activation} stands "
+            "at its ends, where it is flat"
+        )
+        if unscaled(evidence):
+            rms = number(input_scale(evidence)[0])
+            yield Finding("data", 4.0, f"{text}, because the inputs are not scaled (RMS {rms})")
+        else:
+            yield Finding("architecture", 2.5, text)
     still = signals.still_ratio is not None and signals.still_ratio < STILL_LAYER
     moves = signals.update_ratio is not None and signals.update_ratio >= IDLE_UPDATE
     if len(layers) >= 3 and still and moves:

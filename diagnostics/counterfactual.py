@@ -98,7 +98,8 @@ class Matrix:
                 self.dropped.append(change.label)
                 continue
             self.attempt(change, Plan(0, plan.end) if change.from_start else plan)
-        self._largest_learning_rate(changes, plan)
+        if self._recorded is None:  # a run that stands still needs no smaller rate
+            self._largest_learning_rate(changes, plan)
         return self.results
 
     def attempt(self, change: Change, plan: Plan) -> Counterfactual:

@@ -68,7 +68,7 @@ def livelier_rates(rate: float, telemetry: Telemetry, facts: RunFacts) -> list[f
     found = [10.0 * rate] if rate > 0 else []
     moved = stall_signals(telemetry, facts).update_ratio
     if found and moved and moved < IDLE_UPDATE:
-        found.append(rate * _USUAL_UPDATE / moved)
+        found += [rate * _USUAL_UPDATE / moved, 10.0 * rate * _USUAL_UPDATE / moved]
     return [float(f"{value:.2g}") for value in found]
 
 

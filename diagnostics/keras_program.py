@@ -84,7 +84,13 @@ class SharedModel:
         retraced = change is not None and change.kind in _RETRACED
         key = f"{change.kind} {change.value}" if retraced and change is not None else ""
         if key not in self._functions:
-            self._functions[key] = guarded_function(self.model)
+            eagerly = self.model.run_eagerly
+            # An op can be kept inside its domain in a graph only.
+            self.model.run_eagerly = eagerly and not (retraced and _in_graph(change))
+            try:
+                self._functions[key] = guarded_function(self.model)
+            finally:
+                self.model.run_eagerly = eagerly
         return self._functions[key]
 
 
@@ -184,6 +190,9 @@ class KerasProgram:
             yield
             return
         undo = _apply(self._shared.model, change)
+        if _in_graph(change):
+            undo.append((self._shared.model, "run_eagerly", self._shared.model.run_eagerly))
+            self._shared.model.run_eagerly = False
         inside: Any = nullcontext()
         if change.kind == "domain":
             optimizers = map(without_loss_scale, find_optimizers(self._shared.model))
@@ -194,6 +203,10 @@ class KerasProgram:
         finally:
             for owner, name, value in reversed(undo):
                 object.__setattr__(owner, name, value)
+
+
+def _in_graph(change: Change | None) -> bool:
+    return change is not None and change.kind == "domain"
 
 
 def _part(array: np.ndarray, replica: int, share: int) -> np.ndarray:

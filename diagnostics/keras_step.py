@@ -248,8 +248,8 @@ class _Trace:
             if kind == "statistics" and before.dtype.is_floating:
                 after = tf.identity(self._variables[name])
                 after = apart(after) if self._step.model.jit_compile else after
-                # What was infinite by the user's own wish may stay so.
-                kept = tf.logical_or(tf.math.is_finite(after), ~tf.math.is_finite(before))
+                # What was infinite by the user's own wish may stay so; nobody wishes for NaN.
+                kept = tf.logical_or(tf.math.is_finite(after), tf.math.is_inf(before))
                 by_layer.setdefault(rest.rpartition("/")[0], []).append(tf.reduce_all(kept))
         checks = [Check("forward", layer, "moving statistics") for layer in by_layer]
         flags = [tf.reduce_all(tf.stack(group)) for group in by_layer.values()]

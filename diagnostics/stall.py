@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,8 @@ class StallSignals:
       still_layer, still_ratio: the layer that is updated least, frozen ones left out.
       dead_layers: ReLU layers with no pre-activation above 0 in all those steps.
       dead_since: first recorded step from which one of them was dead.
+      unreached: trainable layers whose gradient is exactly 0 in all those steps,
+        while that of others is not.
     """
 
     output_layer: str | None
@@ -65,6 +67,7 @@ class StallSignals:
     still_ratio: float | None
     dead_layers: tuple[str, ...]
     dead_since: int | None
+    unreached: tuple[str, ...] = ()
 
     def reasons(self, classifies: bool) -> list[str]:
         """Why this run cannot be learning, one clause each; empty if nothing says so.
@@ -93,6 +96,8 @@ class StallSignals:
             )
         if self.gradient_norm == 0:
             found.append("the gradient is exactly 0")
+        elif self.unreached and not self.dead_layers:
+            found.append(f"the gradient of {', '.join(self.unreached[:3])} is exactly 0")
         return found
 
 
@@ -123,7 +128,16 @@ def stall_signals(telemetry: Telemetry, facts: RunFacts) -> StallSignals:
         still_ratio=None if still is None else moving[still],
         dead_layers=tuple(dead),
         dead_since=min(dead.values(), default=None),
+        unreached=_unreached(telemetry, names),
     )
+
+
+def _unreached(telemetry: Telemetry, names: Sequence[str]) -> tuple[str, ...]:
+    """Layers that no gradient reaches; empty if it reaches none."""
+    columns = {name: layer_column(telemetry, name, "gradient_norm") for name in names}
+    norms = {n: c[-_WINDOW:] for n, c in columns.items() if c is not None and c.size}
+    still = tuple(name for name, norm in norms.items() if not norm.any())
+    return still if len(still) < len(norms) else ()
 
 
 def _medians(columns: Mapping[str, np.ndarray | None]) -> dict[str, float]:

@@ -105,12 +105,17 @@ class Ratio(L.Layer):
         return x / tf.reduce_sum(x, axis=-1, keepdims=True)
 
 
-def test_a_layer_that_divides_by_zero_is_mended_with_a_line_of_code(tmp_path):
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_a_layer_that_divides_by_zero_is_mended_with_a_line_of_code(tmp_path, eagerly):
     x, y = data()
     x[11] = 0.0
     layers = [keras.Input((FEATURES,)), Ratio(name="ratio"), L.Dense(3, name="logits")]
-    fitted = Fitted(lambda: compiled(keras.Sequential(layers)), x, y, tmp_path / "run")
-    found = fitted.guard.diagnose(budget_seconds=8)
+
+    def build() -> keras.Model:
+        return compiled(keras.Sequential(layers), run_eagerly=eagerly)
+
+    fitted = Fitted(build, x, y, tmp_path / "run")
+    found = fitted.guard.diagnose(budget_seconds=30)
     first = found.first_nonfinite
     assert (found.step, first.stage, first.layer, first.examples) == (1, "forward", "ratio", (11,))
     assert found.cause.kind == "architecture"

@@ -128,6 +128,24 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, name, stage, layer):
     assert (first["stage"], first["layer"]) == (stage, layer)
 
 
+def test_a_moving_statistic_of_nan_is_named(tmp_path):
+    """It ruins inference only, so nothing else of a training step shows it."""
+
+    def build() -> keras.Model:
+        model = compiled(batch_norm_net())
+        model.build((None, 6))
+        norm = next(e for e in model.layers if isinstance(e, L.BatchNormalization))
+        values = norm.moving_variance.numpy()
+        values[1] = np.nan
+        norm.moving_variance.assign(values)
+        return model
+
+    stopped = Fitted(build, *data(), tmp_path / "run")
+    found = stopped.guard.diagnose(budget_seconds=0)
+    assert found.step == 0 and found.cause.kind == "weights"
+    assert "moving_variance" in found.cause.evidence[0]
+
+
 def test_an_update_that_is_not_finite_is_refused(tmp_path):
     def build() -> keras.Model:
         def steep(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:

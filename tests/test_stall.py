@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-from evidence_samples import VGG_A, facts, quiet, telemetry
+from evidence_samples import VGG_A, evidence, facts, labels, quiet, stats, telemetry
 
+from diagnostics.causes import judge
 from diagnostics.fix_search import livelier_rates
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.stall import StallWatch, detect_divergence, detect_stall, stall_signals
@@ -181,8 +183,27 @@ def test_updates_that_change_nothing_are_a_stall_wherever_the_loss_began(optimiz
     assert detect_stall(_unmoving(optimizer, 1e-9, 0.3 * CHANCE), run_facts) is None
 
 
+def test_saturated_units_on_unscaled_inputs_are_the_data():
+    spec = (("first", 8), ("head", 16))
+    columns = quiet(60, spec)
+    columns["loss"] = np.full(60, CHANCE)
+    columns["first/gradient_norm"] = np.zeros(60)
+    layers = tuple(
+        dataclasses.replace(layer, activation="tanh" if layer.name == "first" else "linear")
+        for layer in facts(spec).layers
+    )
+    run_facts = facts(layers=layers)
+    recorded = telemetry(columns)
+    text = detect_stall(recorded, run_facts)
+    assert text is not None and "gradient of first is exactly 0" in text
+    given = {"verdict": "stalled", "facts": run_facts, "telemetry": recorded}
+    cause = judge(evidence(**given, batch_stats={"x": stats(3e5), "y": labels()}))
+    assert cause.kind == "data" and "tanh stands at its ends" in cause.evidence[0]
+    assert judge(evidence(**given)).kind != "data"
+
+
 def test_a_rate_that_moves_the_weights_is_tried():
     recorded = _unmoving("SGD", 1e-9, CHANCE)
     rates = livelier_rates(1e-9, recorded, facts(optimizer="SGD", momentum=0.0))
-    assert rates == [1e-8, 0.018]  # 0.5 / 9 of the weights a unit of rate
+    assert rates == [1e-8, 0.018, 0.18]  # 0.5 / 9 of the weights a unit of rate
     assert livelier_rates(0.0, recorded, facts()) == []
