@@ -16,11 +16,15 @@ width) and one random op per image.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+
+from vggrepro import quiet_import
 
 # A window is wider than the kernel needs by this many source pixels: JPEG decoders
 # interpolate subsampled chroma from neighbours that a window cuts off. Its outermost two
@@ -29,6 +33,7 @@ _WINDOW_MARGIN = 2.0
 _KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
 _CENTRE = np.nextafter(np.float32(0.5), np.float32(0.0))
+_COMPLAINT = re.compile(rb"E\d{4} .*oneDNN supports DT_INT32")
 _DRAWS = {"side": 1, "place": 2, "flip": 2, "colour": 3}
 
 
@@ -69,6 +74,9 @@ class Preprocessing:
     decode: str
     mean_rgb: tuple[float, float, float]
     colour_components: tuple[tuple[float, float, float], ...]
+
+    def __post_init__(self) -> None:
+        _transpose_once()
 
     @property
     def evaluation_side(self) -> int:
@@ -209,6 +217,13 @@ def _transposed(matrix: tf.Tensor) -> tf.Tensor:
     TensorFlow's shared threads and waits for them; half of the time went there.
     """
     return tf.bitcast(tf.transpose(tf.bitcast(matrix, tf.int32)), tf.float32)
+
+
+@functools.cache
+def _transpose_once() -> None:
+    """oneDNN complains of integers once a process, though others then do the work."""
+    with quiet_import.without_lines(_COMPLAINT), tf.init_scope(), tf.device("/CPU:0"):
+        tf.transpose(tf.zeros([2, 2], tf.int32))
 
 
 def rescaled_size(size: tf.Tensor, shorter_side: tf.Tensor) -> tf.Tensor:

@@ -1,7 +1,7 @@
-"""Keeps TensorFlow's greetings off the terminal while it is imported.
+"""Keeps TensorFlow's greetings off the terminal, which would stand in the progress display.
 
 On processors with neural-network instructions TensorFlow 2.21 prints lines of level INFO
-before it reads TF_CPP_MIN_LOG_LEVEL; they would stand in the progress display.
+while it is imported, before it reads TF_CPP_MIN_LOG_LEVEL.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
             module.__spec__.loader = self._real
-        with _without_information():
+        with without_lines(_INFORMATION):
             self._real.exec_module(module)
 
 
 @contextmanager
-def _without_information() -> Iterator[None]:
-    """Holds file descriptor 2 back, then writes what is not information to it."""
+def without_lines(pattern: re.Pattern[bytes]) -> Iterator[None]:
+    """Holds file descriptor 2 back, then writes the lines to it that do not match."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         terminal = os.dup(2)
@@ -70,5 +70,5 @@ def _without_information() -> Iterator[None]:
             os.close(terminal)
             held.seek(0)
             for line in held:
-                if not _INFORMATION.match(line):
+                if not pattern.match(line):
                     os.write(2, line)
