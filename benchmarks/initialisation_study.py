@@ -10,6 +10,7 @@ A cell that is done is kept in OUT/cells/ and not run again, so the study may be
 interrupted at any time. Table and picture are made anew whenever a cell is done.
 
 Usage: python benchmarks/initialisation_study.py [--out DIR] [--only WORD] [--publish docs]
+       [--precision float32|bfloat16]
 """
 
 from __future__ import annotations
@@ -254,15 +255,15 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORD", help="only cells that hold it")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tested fixes a cell")
     parser.add_argument("--publish", type=Path, metavar="DIR", help="where table and picture go")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default=_precision())
     options = parser.parse_args()
     out = options.out.resolve()
     data = ensure_synthetic(out / "images")
-    precision = _precision()
     for cell in cells():
         file = out / "cells" / f"{cell.name}.json"
         if file.exists() or options.only not in cell.name:
             continue
-        record = run_cell(cell, data, out, precision, options.budget)
+        record = run_cell(cell, data, out, options.precision, options.budget)
         write_json(file, record)
         _publish(out, out)
         cause = record["diagnosis"]["cause"] or "healthy"
