@@ -194,10 +194,10 @@ def vgg_patches(injector: Injector) -> Iterator[None]:
     real_step, real_trace = TrainStep._step, TrainStep.run_op_by_op
     layers: list[str] = []
 
-    def step(self, images, labels):
+    def step(self, images, labels, *key):
         layers[:] = self.layout.layers
         with injector.during(self.variables["counters/step"].read_value(), images):
-            return real_step(self, images, labels)
+            return real_step(self, images, labels, *key)
 
     def trace(self, images, labels, phase):
         with injector.during(self.variables["counters/step"].read_value(), images):

@@ -33,7 +33,8 @@ class StepPool:
         config: TrainConfig,
         network: Network,
         state: State | None = None,
-        device: object = None,
+        engine: object = None,
+        multiply_dtype: None = None,
     ) -> TrainStep:
         step = self._steps.get(compiled_part(config))
         if step is None:
