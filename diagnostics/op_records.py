@@ -36,6 +36,9 @@ class OpRecord(NamedTuple):
     line: SourceLine | None
 
 
+_SPREADS = frozenset(["BroadcastTo", "Fill", "Tile"])
+
+
 @dataclass(frozen=True)
 class HitDetails:
     """Numbers of the first non-finite output, taken where a non-finite value begins.
@@ -70,7 +73,7 @@ class Hit:
       removed: some op took its result and made finite numbers of it.
       from_state: read from a variable that held it before the trace.
       origin: a non-finite value begins here.
-      on_purpose: infinite because of an infinite constant.
+      on_purpose: infinite because of an infinite constant, or a NaN constant spread out.
       live: its result, or what came of it, was not removed; set by
         `diagnostics.origins.mark_live`.
       details: only where no parent explains the result.
@@ -100,7 +103,9 @@ class Hit:
             some input an infinity put there on purpose.
         """
         self.details = details
-        self.on_purpose = inf_fed and not nan_fed and details.nan == 0
+        # A NaN spread out for a `tf.where`, as TensorFlow's deterministic cross-entropy does.
+        spread = nan_fed and not self.parents and self.record.op in _SPREADS
+        self.on_purpose = spread or (inf_fed and not nan_fed and details.nan == 0)
         self.origin = not (nan_fed or self.on_purpose)
 
 

@@ -25,8 +25,13 @@ def first_origin(tracer: OpTrace, failed: Sequence[Check]) -> Hit | None:
     live = [hit for hit in evidence if hit.live]
     reached = ancestors(live or evidence)
     beginnings = [hit for hit in reached if hit.origin]
-    if not beginnings:  # a constant that is not finite has no op of its own
-        beginnings = [hit for hit in reached if not hit.parents and not hit.bookkeeping]
+    if not beginnings:  # a constant that is not finite has no op of its own: who took it
+        taken = [hit for hit in reached if hit.details is not None and not hit.on_purpose]
+        beginnings = taken or [
+            hit
+            for hit in reached
+            if not (hit.parents or hit.bookkeeping) and (hit.live or not hit.on_purpose)
+        ]
     return min(beginnings, key=lambda hit: hit.record.order, default=None)
 
 

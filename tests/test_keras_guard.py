@@ -1,6 +1,9 @@
 """NumericGuard on plain compiled models: same bits when finite, nothing written when not."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -194,6 +197,22 @@ def test_a_label_out_of_range_of_one_of_two_outputs(tmp_path):
     found = stopped.guard.diagnose(budget_seconds=0)
     assert found.step == 1 and found.first_nonfinite.examples == (BATCH + 1,)
     assert found.cause.kind == "labels" and "runs from 0 to 5" in found.cause.evidence[0]
+
+
+def test_a_wrong_label_is_found_among_deterministic_ops_too():
+    """TensorFlow's deterministic cross-entropy keeps a NaN at hand for labels out of range."""
+    code = """
+import sys, tempfile
+from pathlib import Path
+import tensorflow as tf
+tf.config.experimental.enable_op_determinism()
+import test_keras_guard
+test_keras_guard.test_a_label_out_of_range_of_one_of_two_outputs(Path(tempfile.mkdtemp()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_a_norm_that_overflows_is_no_incident(tmp_path):
