@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
@@ -27,6 +28,7 @@ from vggrepro.loss_scale import SCALE
 from vggrepro.replay_adapter import VggRun
 from vggrepro.step_state import initial_state
 from vggrepro.train_step import TrainStep
+from vggrepro.verification import verify
 
 CONFIG = tiny_config(strategy="pjrt", classes=3, batch_size=8)
 NETWORK = tiny_network(CONFIG)
@@ -138,12 +140,26 @@ def test_resume_is_exact(tmp_path):
     assert whole["weights"] == parts["weights"] and whole["state"] == parts["state"]
 
 
-def test_an_incident_is_diagnosed_on_the_cpu_by_tensorflow(tmp_path):
+def test_a_run_is_verified_by_jax_itself_and_else_the_engine_is_said_to_differ(
+    tmp_path, monkeypatch
+):
+    config = tiny_config(tiny_data(tmp_path), strategy="pjrt", classes=0, steps=3)
+    trainer.train(config, tmp_path / "run")
+    found = verify(tmp_path / "run")
+    assert found.identical and found.compared["steps"] == 3
+    monkeypatch.setitem(sys.modules, "jax", None)
+    found = verify(tmp_path / "run", end=1)
+    assert not found.identical
+    assert any("engine: JAX when recorded, TensorFlow now" in line for line in found.environment)
+
+
+def test_an_incident_is_diagnosed_on_the_cpu_by_tensorflow(tmp_path, monkeypatch):
     config = tiny_config(
         tiny_data(tmp_path), strategy="pjrt", classes=0, init="normal:1", eval_every=0
     )
     with pytest.raises(StoppedByGuard, match="on all of 8 replicas"):
         trainer.train(config, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "jax", None)  # another machine need not have it
     found = diagnose(VggRun(tmp_path / "run"), budget_seconds=0)
     assert found.verdict in ("reproduced", "replay_differs")
     assert found.first_nonfinite.stage == "forward"

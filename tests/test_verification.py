@@ -46,7 +46,7 @@ def run_dir(data, tmp_path_factory):
 def compiled_once(monkeypatch):
     """Equal steps are compiled once for all tests here; each gets its own state."""
 
-    def made(config, network, state):
+    def made(config, network, state, engine):
         key = (compiled_part(config), network)
         if key not in COMPILED:
             COMPILED[key] = TrainStep(config, network, state)
@@ -55,7 +55,7 @@ def compiled_once(monkeypatch):
         step.load(state)
         return step
 
-    monkeypatch.setattr("vggrepro.verification.TrainStep", made)
+    monkeypatch.setattr("vggrepro.verification.training_step", made)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,16 @@ import tensorflow as tf
 from diagnostics.errors import InputError
 from vggrepro.cluster import VARIABLE, Cluster, cluster_of, meet
 from vggrepro.config import TrainConfig
+from vggrepro.quiet_import import without_lines
 from vggrepro.workers import ALONE, ClusterWorkers, Workers
 
 # Devices to take the CPU for, to try several replicas on one machine.
 VIRTUAL_CPUS = "VGGREPRO_VIRTUAL_CPUS"
+# What libtpu says of a machine without a TPU, several lines and no news.
+_NO_TPU = re.compile(
+    rb"Failed to find host bounds|WARNING: Logging before|=== Source Location Trace|learning/"
+    rb"|E\d{4} .*(unexpected worker hostname|TPU_WORKER_HOSTNAMES)|$"
+)
 _TPU_PLACES = ("TPU_NAME", "COLAB_TPU_ADDR", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS")
 
 
@@ -73,7 +80,10 @@ def start(config: TrainConfig) -> Engine:
       InputError: the configuration asks for devices that are not here; a worker did not come.
     """
     strategy = _chosen(config.strategy)
-    if strategy in ("cpu", "pjrt"):
+    if strategy == "pjrt":
+        # Not op determinism, under which TensorFlow refuses to lower pooling for XLA.
+        return jax_engine()
+    if strategy == "cpu":
         return Engine(strategy, prepare(config), device_name(config))
     if strategy == "tpu":
         # Not op determinism, under which TensorFlow refuses to lower pooling for XLA.
@@ -94,15 +104,9 @@ def _chosen(strategy: str) -> str:
 
 
 def prepare(config: TrainConfig) -> str:
-    """Turns on deterministic kernels and names the one device that replays, or JAX's.
-
-    Raises:
-      InputError: JAX is asked for and not there.
-    """
-    if config.strategy == "pjrt":
-        # Not op determinism, under which TensorFlow refuses to lower pooling for XLA.
-        return _jax_devices()
-    _repeatable()
+    """Turns on deterministic kernels and names the one device that replays with TensorFlow."""
+    if config.strategy != "pjrt":  # whose step may be lowered in this process, see `start`
+        _repeatable()
     return f"CPU, {os.cpu_count()} cores" if device_name(config) == "/CPU:0" else _kind()
 
 
@@ -214,8 +218,8 @@ def _tpu_engine() -> Engine:
     )
 
 
-def _jax_devices() -> str:
-    """What JAX would train on.
+def jax_engine() -> Engine:
+    """All devices that JAX sees.
 
     Raises:
       InputError: JAX is missing or finds no device.
@@ -228,10 +232,12 @@ def _jax_devices() -> str:
             "Install it: pip install 'vggrepro[pjrt]'",
         ) from error
     try:
-        devices = jax.devices()
+        with without_lines(_NO_TPU):
+            devices = jax.devices()
     except RuntimeError as error:
         raise InputError(f"JAX finds no device: {_first_line(error)}") from error
-    return f"{len(devices)} x {devices[0].device_kind} through JAX {jax.__version__}"
+    text = f"{len(devices)} x {devices[0].device_kind} through JAX {jax.__version__}"
+    return Engine("pjrt", text, replicas=len(devices))
 
 
 def _seconds(variable: str, default: float) -> float:

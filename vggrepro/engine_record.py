@@ -23,3 +23,12 @@ def replicas_at(manifest: Mapping[str, Any], step: int) -> int:
     engines: Sequence[Mapping[str, Any]] = manifest.get(ENTRY, ())
     ran = [one for one in engines if one["first_step"] <= step]
     return ran[-1]["replicas"] if ran and ran[-1]["strategy"] in _REPEATABLE else 1
+
+
+def engine_between(manifest: Mapping[str, Any], start: int, end: int) -> Mapping[str, Any] | None:
+    """The one engine that ran steps start..end-1; None if there were several, or is no record."""
+    engines: Sequence[Mapping[str, Any]] = manifest.get(ENTRY, ())
+    earlier = [one for one in engines if one["first_step"] <= start]
+    within = [one for one in engines if start < one["first_step"] < end]
+    ran = [{**one, "first_step": 0} for one in (*earlier[-1:], *within)]
+    return ran[0] if ran and all(one == ran[0] for one in ran) else None

@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError, SnapshotDamaged
 from diagnostics.snapshot import hash_arrays
-from vggrepro import accelerator
+from vggrepro import accelerator, engine_record
+from vggrepro.accelerator import Engine
 from vggrepro.bit_comparison import (
     Difference,
     number_difference,
@@ -32,8 +33,9 @@ from vggrepro.evaluation import Evaluator
 from vggrepro.replay_adapter import VggRun
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_metrics import ON_THE_CLOCK, StepMetrics
+from vggrepro.step_state import StepState
 from vggrepro.train_step import TrainStep
-from vggrepro.training_step import evaluator
+from vggrepro.training_step import evaluator, training_step
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,13 +105,13 @@ class _Replay:
         if config.get("kind", "vgg") != "vgg":
             raise InputError(f"{run_dir} was not written by `vggrepro train`")
         self._config = TrainConfig.from_dict(config)
-        accelerator.prepare(self._config)
         self._stored, self._manifest = stored, stored.manifest()
         self._recording = VggRun(run_dir)
         self._telemetry = self._recording.telemetry()
         self._rows = {int(step): row for row, step in enumerate(self._telemetry.steps)}
         self._training, self._validation = _records(stored)
         self._compared = {"steps": 0, "validations": 0, "states": 0}
+        self._engine_note = ""
         self._first: Difference | None = None
         self._array: Difference | None = None
 
@@ -136,7 +138,8 @@ class _Replay:
         data = open_data(self._config, lambda text: None, recorded)
         with tf.device(accelerator.device_name(self._config)):
             state = self._recording.state_before(start)
-            step = TrainStep(self._config, self._recording.network, state)
+            engine = self._own_engine(start, end)
+            step = training_step(self._config, self._recording.network, state, engine)
             validator = evaluator(step)
             if start == 0:
                 self._check_weights(0, "initial_weights_sha256", step)
@@ -150,7 +153,8 @@ class _Replay:
                     self._check_state(now, step)
                 if now == end or (self._first is not None and not self._states_ahead(now, end)):
                     break
-                step.replicas = self._recording.replicas_at(now)
+                if isinstance(step, TrainStep):
+                    step.replicas = self._recording.replicas_at(now)
                 self._run_step(now, step, metrics, _next(batches, data, now))
             if end == self._manifest.get("steps"):
                 self._check_weights(end, "final_weights_sha256", step)
@@ -158,8 +162,28 @@ class _Replay:
             start, end, self._compared, self._first, self._array, self._environment()
         )
 
+    def _own_engine(self, start: int, end: int) -> Engine:
+        """JAX's if it ran these steps on as many devices as are here, else TensorFlow's.
+
+        The latter repeats the bits of all the others on one device.
+        """
+        ran = engine_record.engine_between(self._manifest, start, end) or {}
+        here = Engine("cpu", accelerator.prepare(self._config))
+        if self._config.strategy != "pjrt":
+            return here
+        try:
+            jax = accelerator.jax_engine()
+        except InputError as error:
+            self._engine_note = f"engine: JAX when recorded, TensorFlow now ({error.message})"
+            return here
+        if {**jax.record(), "first_step": 0} == ran:
+            return jax
+        then = ran.get("devices", "several engines")
+        self._engine_note = f"engine: {then} when recorded, TensorFlow now ({jax.description} here)"
+        return here
+
     def _run_step(
-        self, now: int, step: TrainStep, metrics: StepMetrics, batch: Mapping[str, tf.Tensor]
+        self, now: int, step: StepState, metrics: StepMetrics, batch: Mapping[str, tf.Tensor]
     ) -> None:
         result = step(batch["images"], batch["labels"])
         self._compared["steps"] += 1
@@ -174,7 +198,7 @@ class _Replay:
             self._check_metrics(now, "metrics", self._training[now], told)
 
     def _check_validation(
-        self, now: int, step: TrainStep, validator: Evaluator, batches: Any
+        self, now: int, step: StepState, validator: Evaluator, batches: Any
     ) -> None:
         """Runs a recorded validation again; one of the schedule steers the rate, as it did."""
         if now not in self._validation:
@@ -193,7 +217,7 @@ class _Replay:
             if name != "step" and name not in ON_THE_CLOCK:
                 self._found(number_difference(now, kind, name, value, found.get(name)))
 
-    def _check_state(self, now: int, step: TrainStep) -> None:
+    def _check_state(self, now: int, step: StepState) -> None:
         if now not in self._recording.state_steps():
             return
         try:
@@ -206,7 +230,7 @@ class _Replay:
         self._array = self._array or found
         self._found(found)
 
-    def _check_weights(self, now: int, entry: str, step: TrainStep) -> None:
+    def _check_weights(self, now: int, entry: str, step: StepState) -> None:
         recorded = self._manifest.get(entry)
         if recorded is not None:
             found = number_difference(
@@ -226,6 +250,7 @@ class _Replay:
         recorded, current = self._manifest.get("environment", {}), describe_environment()
         found = differences(recorded, current)
         was, now = (_code(known.get("code", {})) for known in (recorded, current))
+        found += [self._engine_note] if self._engine_note else []
         return found if was == now else [*found, f"code: {was} when recorded, {now} now"]
 
 
