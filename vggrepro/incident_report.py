@@ -53,14 +53,9 @@ def save_incident(
         "environment": describe_environment(),
         "engine": dict(engine),
     }
-    bad = [number for number, sound in enumerate(healthy) if not sound]
-    workers = [one * engine["workers"] // len(healthy) for one in bad]
-    if bad:
-        rows = len(ids) // len(healthy)
-        record["replicas"] = [
-            {"replica": one, "worker": worker, "example_ids": ids[one * rows : (one + 1) * rows]}
-            for one, worker in zip(bad, workers, strict=True)
-        ]
+    stopped = _stopped_replicas(healthy, ids, engine["workers"])
+    if stopped:
+        record["replicas"] = stopped
     try:
         size = write_incident(directory, state=state, batch=batch, record=record)
     except InputError as error:
@@ -70,16 +65,40 @@ def save_incident(
             f"{error.remedy}, then train --resume {run.path} to meet the step again",
         ) from error
     others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    if bad:
-        others += f", on {'all' if len(bad) == len(healthy) else _listed('replica', bad)} of "
-        others += f"{len(healthy)} replicas"
-    if bad and engine["workers"] > 1:
-        others += f" ({_listed('worker', sorted(set(workers)))})"
+    others += _on_replicas(stopped, len(healthy), engine["workers"])
     return StoppedByGuard(
         f"step {step}: {failed[0].describe()} is not finite{others}; nothing of this step was "
         f"written, the state before it is in {directory} ({size / 1e6:.1f} MB)",
         f"Next: vggrepro diagnose-nan {run.path}",
     )
+
+
+def _stopped_replicas(
+    healthy: Sequence[bool], ids: Sequence[int], workers: int
+) -> list[dict[str, Any]]:
+    """The replicas on which something was not finite: number, worker, examples."""
+    rows = len(ids) // max(len(healthy), 1)
+    return [
+        {
+            "replica": one,
+            "worker": one * workers // len(healthy),
+            "example_ids": list(ids[one * rows : (one + 1) * rows]),
+        }
+        for one, sound in enumerate(healthy)
+        if not sound
+    ]
+
+
+def _on_replicas(stopped: Sequence[Mapping[str, Any]], replicas: int, workers: int) -> str:
+    """Which replicas stopped the run, as part of a sentence; '' if there is only one device."""
+    if not stopped:
+        return ""
+    every = len(stopped) == replicas
+    which = "all" if every else _listed("replica", [one["replica"] for one in stopped])
+    text = f", on {which} of {replicas} replicas"
+    if workers > 1:
+        text += f" ({_listed('worker', sorted({one['worker'] for one in stopped}))})"
+    return text
 
 
 def _listed(what: str, numbers: Sequence[int]) -> str:
