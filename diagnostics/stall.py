@@ -185,7 +185,8 @@ def detect_stall(telemetry: Telemetry, facts: RunFacts) -> str | None:
     guess = facts.chance_loss if facts.chance_loss is not None else float(loss[0])
     smooth = _smoothed(loss)
     low, high = _FLAT
-    flat = low * guess <= smooth.min() and smooth[-1] <= high * guess and (guess != 0 or known)
+    lowest = min((smooth + _chance_below(loss)).min(), smooth[-1])
+    flat = low * guess <= lowest and smooth[-1] <= high * guess and (guess != 0 or known)
     untrained = not known or smooth[-1] > _UNTRAINED * guess
     unmoved = smooth[-1] > _UNMOVED * smooth[0] and untrained and _never_moved(telemetry, facts)
     if not flat and not unmoved:
@@ -213,6 +214,15 @@ def _never_moved(telemetry: Telemetry, facts: RunFacts) -> bool:
 def _smoothed(loss: np.ndarray) -> np.ndarray:
     """Running median over 20 steps, float64 [steps - 19]."""
     return np.median(np.lib.stride_tricks.sliding_window_view(loss, _WINDOW), axis=1)
+
+
+def _chance_below(loss: np.ndarray) -> np.ndarray:
+    """How far each of these medians may lie below the level by chance: of thousands one does.
+
+    Four standard errors of a median, which is 1.25 times as uncertain as a mean.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(loss, _WINDOW)
+    return 4 * 1.25 * np.std(windows, axis=1) / math.sqrt(_WINDOW)
 
 
 def detect_divergence(telemetry: Telemetry, facts: RunFacts) -> str | None:

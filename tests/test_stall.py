@@ -12,7 +12,7 @@ from evidence_samples import VGG_A, evidence, facts, labels, quiet, stats, telem
 from diagnostics.causes import judge
 from diagnostics.fix_search import livelier_rates
 from diagnostics.protocol import RunFacts, Telemetry
-from diagnostics.stall import StallWatch, detect_divergence, detect_stall, stall_signals
+from diagnostics.stall import StallWatch, _smoothed, detect_divergence, detect_stall, stall_signals
 
 CHANCE = math.log(10)
 
@@ -104,6 +104,17 @@ def test_updates_that_change_nothing_are_a_stall():
 def test_long_plateau_is_a_stall_without_another_reason():
     text = detect_stall(plateau(400), facts())
     assert text.startswith("In 400 steps the loss never fell below the loss of guessing")
+
+
+def test_a_long_noisy_plateau_is_a_stall_though_some_steps_lie_below_by_chance():
+    recorded = plateau(3000)
+    loss = recorded.rows[:, recorded.columns.index("loss")]
+    loss[:] = CHANCE + 10 * (loss - CHANCE)
+    loss[:250] += 0.1
+    assert np.min(_smoothed(loss)) < 0.98 * CHANCE
+    assert detect_stall(recorded, facts()) is not None
+    loss[1500:1560] = 1.5
+    assert detect_stall(recorded, facts()) is None
 
 
 def test_a_loss_that_left_once_is_no_stall():
