@@ -245,6 +245,7 @@ def _publish(out: Path, directory: Path) -> None:
     done = [json.loads(file.read_text()) for file in sorted((out / "cells").glob("*.json"))]
     missing = len(cells()) - len(done)
     text = table(done, ARCHS, missing, describe_environment())
+    text = text.replace(f"{out / 'runs'}/", "")  # of a run that was inherited from
     write_whole(directory / "initialisation.md", text.encode())
     write_whole(directory / "initialisation.svg", figure(done, ARCHS).encode())
 
