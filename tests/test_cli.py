@@ -194,7 +194,9 @@ def test_tensorflow_log_level_is_set_only_if_the_user_did_not(monkeypatch):
     [
         ([], "required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "--step", "5"], "unrecognized arguments: --step 5"),
+        (["train", "--step", "5"], "unrecognized arguments: --step 5 (did you mean --steps?)"),
+        (["train", "--widht", "1"], "--widht 1 (did you mean --width?). See vggrepro train --help"),
+        (["diagnose-nan", "x", "--budget", "9"], "(did you mean --budget-seconds?)"),
         (["train", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["train", "--arch", "F"], "arch='F' must be one of A, A-LRN, B, C, D, E"),
         (["train", "--init", "normal"], "init 'normal' is not an initialiser"),
