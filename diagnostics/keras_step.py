@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from diagnostics.guard import all_finite
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, native
 from diagnostics.keras_probe import Plan, probe
 from diagnostics.keras_readings import apart, extremes
@@ -28,9 +29,9 @@ from diagnostics.keras_update import (
     gradients_exempt,
     group_by_layer,
     guarded_update,
-    new_state_finite,
+    new_state,
 )
-from diagnostics.keras_xla_sight import xla_new_state_finite, xla_sight
+from diagnostics.keras_xla_sight import xla_all_finite, xla_sight
 from diagnostics.protocol import Check, State, StepOutcome
 
 INPUT, LABELS, SAMPLE_WEIGHTS = "input", "labels", "sample weights"
@@ -202,12 +203,10 @@ class _Trace:
         else:
             exempt = gradients_exempt(optimizer)
             xla = self._step.model.jit_compile and not tf.executing_eagerly()
-            look, look_again = (
-                (xla_sight, xla_new_state_finite) if xla else (exact_sight, new_state_finite)
-            )
+            look, look_again = (xla_sight, xla_all_finite) if xla else (exact_sight, all_finite)
             gradients, weights, *norms = look(groups)
             apply(grads, variables)
-            state = look_again(groups, touched)
+            state = look_again(new_state(optimizer, groups, touched))
             applied = tf.constant(True)
             update = Update(applied, tf.logical_or(gradients, exempt), weights, state, *norms)
         self._updates.append((groups, update))

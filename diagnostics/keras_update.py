@@ -114,7 +114,7 @@ def guarded_update(
     every = tf.ones([len(groups)], tf.bool)
 
     def judge() -> tuple[tf.Tensor, tf.Tensor]:
-        state = tf.logical_or(new_state_finite(groups, touched), ~seen.good)
+        state = tf.logical_or(all_finite(new_state(optimizer, groups, touched)), ~seen.good)
         good = tf.logical_and(seen.good, tf.reduce_all(state))
         return tf.cond(good, lambda: tf.constant(True), lambda: _put_back(touched, saved)), state
 
@@ -190,20 +190,26 @@ def global_norm(norms: tf.Tensor) -> tf.Tensor:
     return largest * tf.norm(tf.math.divide_no_nan(norms, largest))
 
 
-def new_state_finite(groups: Sequence[Group], touched: Sequence[Any]) -> tf.Tensor:
-    """bool [groups]: whether weights and slots are finite now."""
-    return all_finite([[tf.identity(v) for v in g] for g in state_members(groups, touched)])
-
-
-def state_members(groups: Sequence[Group], touched: Sequence[Any]) -> list[list[Any]]:
-    """Weights and slots by group.
+def new_state(
+    optimizer: Any, groups: Sequence[Group], touched: Sequence[Any]
+) -> list[list[tf.Tensor]]:
+    """What must be finite after an update, by group; if it is, all of the new state is.
 
     What belongs to no layer (a loss scale) counts for the first group.
     """
-    members = [[*group.weights, *group.slots] for group in groups]
-    listed = {id(v) for group in members for v in group}
+    implied = _weights_tell_of_slots(optimizer, touched)
+    members = [[*group.weights, *([] if implied else group.slots)] for group in groups]
+    listed = {id(v) for group in groups for v in (*group.weights, *group.slots)}
     members[0] += [v for v in touched if id(v) not in listed and v.dtype.is_floating]
-    return members
+    return [[tf.identity(variable) for variable in group] for group in members]
+
+
+def _weights_tell_of_slots(optimizer: Any, touched: Sequence[Any]) -> bool:
+    """Whether a slot that is not finite makes its new weight so: SGD adds the velocity to it."""
+    inner = _inner(optimizer)
+    plain = type(inner) is keras.optimizers.SGD and not inner.use_ema
+    constrained = any(v.constraint is not None for v in inner._trainable_variables)
+    return plain and not constrained and len({v.dtype for v in touched if v.dtype.is_floating}) == 1
 
 
 def gradients_exempt(optimizer: Any) -> tf.Tensor:

@@ -6,11 +6,12 @@ import pytest
 import tensorflow as tf
 from keras_models import FEATURES, Fitted, L, compiled, data
 
+from diagnostics.guard import all_finite
 from diagnostics.keras_data_changes import data_command
 from diagnostics.keras_domains import _BY_NAME, _REPAIRS, kept_in_domain
 from diagnostics.keras_replay import KerasRun
-from diagnostics.keras_update import Group, exact_sight, new_state_finite
-from diagnostics.keras_xla_sight import xla_new_state_finite, xla_sight
+from diagnostics.keras_update import Group, exact_sight, new_state
+from diagnostics.keras_xla_sight import xla_all_finite, xla_sight
 from diagnostics.protocol import Change
 
 BEYOND = {
@@ -94,8 +95,24 @@ def test_the_cheap_sight_sees_what_the_exact_one_sees(bad):
             assert seen.numpy().tolist() == exact.numpy().tolist()
         elif bad is None or abs(bad) < np.inf:
             assert seen.numpy() == pytest.approx(exact.numpy(), rel=1e-5)
-    state = xla_new_state_finite(groups, []), new_state_finite(groups, [])
-    assert state[0].numpy().tolist() == state[1].numpy().tolist()
+    members = new_state(keras.optimizers.Adam(), groups, [])
+    assert [len(group) for group in members] == [3, 1]
+    assert xla_all_finite(members).numpy().tolist() == all_finite(members).numpy().tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_weights_of_sgd_tell_of_a_velocity_that_is_not_finite(bad, nesterov):
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=nesterov)
+    weight = keras.Variable(np.ones(3, "f"))
+    optimizer.build([weight])
+    velocity = next(v for v in optimizer.variables if v.shape == (3,))
+    velocity.assign([0.0, bad, 0.0])
+    optimizer.apply([tf.zeros(3)], [weight])
+    group = Group("a", [], [weight.value], [velocity.value])
+    members = new_state(optimizer, [group], [weight.value, velocity.value])
+    assert [len(tensors) for tensors in members] == [1]
+    assert not all_finite(members).numpy().any()
 
 
 class Ratio(L.Layer):
