@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diagnostics.diagnosis import Counterfactual
 from diagnostics.errors import ToolError
 from diagnostics.protocol import Batch, Change, Program, ReplayableRun, State
 from diagnostics.replay import needed_batch
-from diagnostics.survival import not_learning, runaway
+from diagnostics.survival import faint_signal, not_learning, runaway
 
 CONTROL = Change("none", None, "nothing changed (control)", rank=0)
 MARGIN = 3  # steps that a fix must outlast the failing step by, or its own warm-up
 CUT_SHORT = "cut short by the budget"
 _CAPTURED_ONLY = "on the captured batch only"
 _STILL_WARMING = "the warm-up lasts longer than this replay"
+_NEW_WEIGHTS = ("init", "init_scale")
 _BISECTIONS = 3
 _LOWER_RATES, _LOWER_FACTOR = 3, 30.0
 _CACHE_BYTES = 256 * 1024**2  # of batches kept for the next replay
@@ -119,6 +120,7 @@ class Matrix:
 
     def _replay(self, change: Change, plan: Plan) -> Counterfactual:
         losses: list[float] = []
+        self._last_telemetry: Mapping[str, float] = {}
         end, caveat = self._end(change, plan)
         try:
             program = self._run.program(change)
@@ -130,6 +132,8 @@ class Matrix:
         note = note or runaway(losses, self._run.facts) or self._idle(losses)
         reached = self._recorded is not None or plan.origin + len(losses) > self._failing
         caveats = [caveat, _CAPTURED_ONLY if self._captured_only else ""]
+        if change.kind in _NEW_WEIGHTS:
+            caveats.append(faint_signal(self._last_telemetry, self._run.facts))
         return Counterfactual(
             change=change.label,
             kind=change.kind,
@@ -152,6 +156,7 @@ class Matrix:
             if not outcome.applied:
                 where = outcome.failed[0].describe() if outcome.failed else "something"
                 return f"step {step}: {where} not finite"
+            self._last_telemetry = outcome.telemetry
             losses.append(float(outcome.telemetry["loss"]))
             if self._recorded is not None and not self._idle(losses):
                 break  # it has begun to learn: more steps prove no more

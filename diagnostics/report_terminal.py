@@ -213,29 +213,23 @@ class _Page:
             return None
         chosen = words.most_telling(tried, limits.tried)
         table = self._table()
-        table.add_column(
-            "change", overflow="fold", min_width=self._change_width(chosen, _CHANGE_KEPT)
-        )
+        kept = _CHANGE_WIDTH if self._brief else _CHANGE_KEPT
+        change_width = min(kept, max(cell_len(one.change) for one in chosen))
+        table.add_column("change", overflow="fold", min_width=min(change_width, _CHANGE_KEPT))
         table.add_column("survived", no_wrap=True)
         table.add_column("steps", justify="right", no_wrap=True)
         table.add_column("last loss", justify="right", no_wrap=True)
-        table.add_column("", overflow="fold")
-        remark_width = self._remark_width(chosen)
+        # Rich would give the widths of the others to the remarks, and cut the table.
+        remark_width = self._remark_width(chosen, change_width)
+        table.add_column("", overflow="fold", max_width=remark_width)
         for one in chosen:
-            self._add_tried(table, one, remark_width)
+            self._add_tried(table, one, remark_width if self._brief else _UNBOUNDED)
         return Group(table, *self._more(len(tried) - limits.tried))
 
-    @staticmethod
-    def _change_width(tried: Sequence[Counterfactual], most: int) -> int:
-        return min(most, max(cell_len(one.change) for one in tried))
-
-    def _remark_width(self, tried: Sequence[Counterfactual]) -> int:
-        """What the other columns leave, so that on a screen each replay has one line."""
-        if not self._brief:
-            return _UNBOUNDED
-        change = self._change_width(tried, _CHANGE_WIDTH)
+    def _remark_width(self, tried: Sequence[Counterfactual], change_width: int) -> int:
+        """What the other columns leave."""
         steps = max(len("steps"), *(len(words.steps_run(one)) for one in tried))
-        others = change + len("survived") + steps + len("last loss") + 4 * _GAP
+        others = change_width + len("survived") + steps + len("last loss") + 4 * _GAP
         return max(_NARROWEST_REMARK, self._width - _GUTTER - others)
 
     def _add_tried(self, table: Table, one: Counterfactual, remark_width: int) -> None:

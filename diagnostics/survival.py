@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from diagnostics.protocol import RunFacts, Telemetry
+from diagnostics.report_words import number
 
 # A finite loss may still be a dead run: this many times the loss of guessing.
 RUNAWAY_LOSS = 10.0
@@ -15,6 +16,9 @@ _TAIL = 9  # steps whose median loss counts as the last loss
 # part of guessing, and most of them below the recorded loss of the same batch.
 LEARNING_STEPS = 20
 _LEARNT, _MOSTLY = 0.97, 0.8
+# The paper's net A at sigma 0.01, which did learn, starts with logits of up to 0.003; its
+# deeper nets, which needed A's layers, with a hundredth of that and less.
+_FAINTEST = 3e-4
 
 
 def runaway(losses: Sequence[float], facts: RunFacts) -> str:
@@ -55,6 +59,27 @@ def not_learning(losses: Sequence[float], facts: RunFacts, recorded: Telemetry) 
     if median > _LEARNT * usual or better < _MOSTLY * LEARNING_STEPS:
         return f"does not learn: the loss stands at {median:.4g}"
     return ""
+
+
+def faint_signal(telemetry: Mapping[str, float], facts: RunFacts) -> str:
+    """Why a classifier that was given other initial weights may never learn; '' if it may.
+
+    Args:
+      telemetry: of its last step.
+    """
+    if facts.chance_loss is None:
+        return ""
+    scales = {}
+    for layer in facts.layers:
+        ends = [telemetry.get(f"{layer.name}/preactivation_{end}") for end in ("max", "min")]
+        if layer.weight is not None and None not in ends:
+            scales[layer.name] = max(abs(end) for end in ends if end is not None)
+    faintest = min(scales, key=lambda name: scales[name], default=None)
+    if faintest is None or not scales[faintest] < _FAINTEST:
+        return ""
+    return (
+        f"may never learn: the largest pre-activation of {faintest} is {number(scales[faintest])}"
+    )
 
 
 def _usual(first_loss: float, facts: RunFacts) -> float:

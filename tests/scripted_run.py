@@ -60,7 +60,10 @@ class ScriptedProgram:
         if loss is None:
             return StepOutcome(False, REFUSED, {"loss": float("nan")})
         self._step = step + 1
-        return StepOutcome(True, (), {"loss": loss})
+        value = None if self._change is None else self._change.value
+        signal = self._run.signals.get(value, 1.0)
+        peaks = {"dense/preactivation_max": signal, "dense/preactivation_min": -signal / 2}
+        return StepOutcome(True, (), {"loss": loss, **peaks})
 
     def trace(self, batch: Batch, step: int, tracer: Any) -> None:
         raise NotImplementedError
@@ -76,6 +79,7 @@ class ScriptedRun:
       states: steps whose state is stored; damaged: those that cannot be read.
       gone: steps whose batch cannot be rebuilt.
       offered: what `changes` answers.
+      signals: the largest pre-activation by the value of a change, 1 where not given.
       ran: (change, step) of every step that any program ran.
     """
 
@@ -94,6 +98,7 @@ class ScriptedRun:
         self.damaged: set[int] = set()
         self.gone: set[int] = set()
         self.without_command: set[str] = set()
+        self.signals: dict[Any, float] = {}
         self.clock: Clock | None = None
         self.step_seconds = 0.0
         self.ran: list[tuple[Change | None, int]] = []

@@ -14,7 +14,7 @@ from diagnostics.counterfactual import CONTROL, Matrix, Plan
 from diagnostics.diagnosis import Cause, Onset
 from diagnostics.errors import InputError
 from diagnostics.fix_search import plan_replays, search_fixes
-from diagnostics.protocol import Change, Telemetry
+from diagnostics.protocol import Change, LayerFacts, Telemetry
 from diagnostics.survival import not_learning, runaway
 
 FAILING = 5
@@ -140,6 +140,23 @@ def test_the_recommendation_answers_the_cause_before_it_is_small():
     assert "--learning_rate" in searched(run, changes, "learning_rate").recommendation.command
     # A cause that no kind of change answers: the smallest.
     assert "--clip_norm" in searched(run, changes, "hardware").recommendation.command
+
+
+def test_weights_that_let_no_signal_through_give_way_to_those_that_do():
+    facts = dataclasses.replace(FACTS, layers=(LayerFacts("dense", "dense", weight="kernel"),))
+    run = ScriptedRun(rule_of(0.0, others=("init",)), facts=facts)
+    run.signals = {"tiny": 1e-5}
+    tiny = Change("init", "tiny", "init tiny", from_start=True, rank=1)
+    usual = Change("init", "usual", "init usual", from_start=True, rank=2)
+    fixes = searched(run, [tiny, usual], "init")
+    assert fixes.recommendation.command == "train --init=usual" and fixes.recommendation.verified
+    note = "may never learn: the largest pre-activation of dense is 1e-5"
+    assert by_label(fixes.results)["init tiny"].note == note
+    alone = searched(run, [tiny], "init").recommendation
+    assert not alone.verified and note in alone.sentence
+    # What a regression's numbers mean nobody knows.
+    run.facts = dataclasses.replace(facts, chance_loss=None)
+    assert searched(run, [tiny], "init").recommendation.verified
 
 
 def test_a_change_without_a_command_is_not_recommended():

@@ -101,6 +101,20 @@ def test_on_a_screen_each_replay_has_one_line():
     assert "pre-activation of bl" in shown(sample, encoding="ascii")
 
 
+@pytest.mark.parametrize("width", [80, 90, 100, 140])
+def test_a_pipe_gets_every_word_of_a_remark(width):
+    note = "step 1: pre-activation of block3_conv2 not finite"
+    tried = tuple(
+        Counterfactual(change, "init", 1, False, 10, 0, 1.9e14, note=note)
+        for change in ("nothing changed (control)", "gradient norm clipped to 10", "init x")
+    )
+    text = shown(changed(founding(), counterfactuals=tried), width, terminal=False)
+    table = text[text.index("\ntried") : text.index("\ndo ")]
+    assert max(map(len, text.splitlines())) <= width
+    for word in note.split():
+        assert len(re.findall(rf"(?<![\w-]){word}(?![\w-])", table)) == len(tried), word
+
+
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("count", [5, 12, 40])
 def test_long_lists_are_cut_to_the_screen_but_not_the_fix(count, width):
