@@ -20,6 +20,7 @@ from diagnostics.signals import (
     lonely_sentence,
     target_scale,
 )
+from diagnostics.survival import bottomless
 from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
 
 _DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
@@ -144,8 +145,7 @@ def _bottomless_loss(evidence: Evidence) -> Iterator[Finding]:
     finite = np.zeros(0) if loss is None else loss[np.isfinite(loss)]
     if _beyond_probability(evidence) or not finite.size:
         return
-    start = max(abs(float(finite[0])), 1.0)
-    if finite[-1] < -100 * start:
+    if bottomless(evidence.telemetry):
         yield Finding(
             "loss_formula",
             8.0,

@@ -11,7 +11,13 @@ from diagnostics.diagnosis import Counterfactual
 from diagnostics.errors import ToolError
 from diagnostics.protocol import Batch, Change, Program, ReplayableRun, State
 from diagnostics.replay import needed_batch
-from diagnostics.survival import faint_signal, not_learning, runaway
+from diagnostics.survival import (
+    bottomless,
+    faint_signal,
+    not_learning,
+    runaway,
+    still_falling,
+)
 
 CONTROL = Change("none", None, "nothing changed (control)", rank=0)
 MARGIN = 3  # steps that a fix must outlast the failing step by, or its own warm-up
@@ -74,6 +80,7 @@ class Matrix:
         self._budget, self._step_seconds = budget_seconds, step_seconds
         self._progress = progress
         self._recorded = run.telemetry() if must_learn else None
+        self._falls = bottomless(run.telemetry())
         self._batches: dict[int, Batch] = {}
         self._cached_bytes = 0
         self._captured_only = False
@@ -130,6 +137,7 @@ class Matrix:
         except ToolError as error:
             note = f"cannot be replayed: {error.message}"
         note = note or runaway(losses, self._run.facts) or self._idle(losses)
+        note = note or (still_falling(losses) if self._falls else "")
         reached = self._recorded is not None or plan.origin + len(losses) > self._failing
         caveats = [caveat, _CAPTURED_ONLY if self._captured_only else ""]
         if change.kind in _NEW_WEIGHTS:

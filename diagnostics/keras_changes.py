@@ -17,6 +17,7 @@ from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 from diagnostics.signals import RECURRENT
 
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
+OTHER_SIGN = "the other sign"
 EPSILON, LAYER_EPSILON = 1e-7, 1e-3
 # Losses that take probabilities and can be told to take logits.
 _FROM_PROBABILITIES = ("categorical_crossentropy", "binary_crossentropy")
@@ -30,6 +31,7 @@ def candidates(
     suspects: Sequence[int],
     batch: Batch | None,
     has_start: bool,
+    falls: bool = False,
 ) -> list[Change]:
     """Changes worth a replay, those nearest to the intended run first.
 
@@ -37,6 +39,7 @@ def candidates(
       failed: the checks that tripped.
       batch: the failing one; tells whether inputs are unscaled.
       has_start: the state of step 0 is known.
+      falls: the loss ran away downwards.
     """
     found: list[Change] = []
     if suspects:
@@ -46,6 +49,10 @@ def candidates(
         )
     found += data_changes(batch, facts)
     found += _formula_changes(model, failed)
+    losses = compiled_losses(model)
+    if falls and losses and not any(_is_cross_entropy(loss) for loss in losses):
+        label = "the loss with the other sign"
+        found.append(Change("loss_formula", OTHER_SIGN, label, from_start=has_start, rank=1))
     found += _precision_changes(facts, failed)
     found += _setting_changes(model)
     found += _rate_changes(model, facts, step)
@@ -140,8 +147,12 @@ def epsilon_changes(model: Any, place: FirstNonfinite) -> list[Change]:
 
 def _can_take_logits(loss: Any) -> bool:
     given = getattr(loss, "_fn_kwargs", {})
+    return _is_cross_entropy(loss) and not given.get("from_logits", False)
+
+
+def _is_cross_entropy(loss: Any) -> bool:
     name = getattr(getattr(loss, "fn", None), "__name__", "")
-    return name.endswith(_FROM_PROBABILITIES) and not given.get("from_logits", False)
+    return bool(name.endswith(_FROM_PROBABILITIES))
 
 
 def compiled_losses(model: Any) -> list[Any]:
@@ -242,6 +253,8 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
         )
     if change.kind == "loss_formula" and value == FROM_LOGITS:
         return "loss = the same loss with from_logits=True, and no activation on the last layer"
+    if change.kind == "loss_formula" and value == OTHER_SIGN:
+        return "loss = lambda y_true, y_pred: -your_loss(y_true, y_pred)"
     if change.kind == "loss_formula":
         return f"y_pred = keras.ops.clip(y_pred, {EPSILON:g}, 1 - {EPSILON:g})  # in the loss"
     return ""

@@ -16,6 +16,7 @@ from diagnostics.keras_changes import (
     CLIP_PREDICTIONS,
     EPSILON,
     FROM_LOGITS,
+    OTHER_SIGN,
     compiled_losses,
     inner_optimizer,
     output_activation,
@@ -244,14 +245,16 @@ def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
         ]
     elif change.kind == "loss_formula" and change.value == CLIP_PREDICTIONS:
         new = [(model, "_compile_loss", _Clipped(model._compile_loss))]
+    elif change.kind == "loss_formula" and change.value == OTHER_SIGN:
+        new = [(model, "_compile_loss", _Negated(model._compile_loss))]
     old = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
     for owner, name, value in new:
         object.__setattr__(owner, name, value)
     return old
 
 
-class _Clipped:
-    """A compiled loss that is given predictions inside the open interval (0, 1)."""
+class _Instead:
+    """Stands in for a compiled loss."""
 
     def __init__(self, loss: Any) -> None:
         self._loss = loss
@@ -259,8 +262,19 @@ class _Clipped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)
 
+
+class _Clipped(_Instead):
+    """A compiled loss that is given predictions inside the open interval (0, 1)."""
+
     def __call__(self, y_true: Any, y_pred: Any, *args: Any, **kwargs: Any) -> Any:
         clipped = keras.tree.map_structure(
             lambda p: keras.ops.clip(p, EPSILON, 1.0 - EPSILON), y_pred
         )
         return self._loss(y_true, clipped, *args, **kwargs)
+
+
+class _Negated(_Instead):
+    """A compiled loss times -1."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return -self._loss(*args, **kwargs)

@@ -29,6 +29,7 @@ from diagnostics.protocol import (
     Telemetry,
 )
 from diagnostics.snapshot import read_snapshot
+from diagnostics.survival import bottomless
 
 
 def open_keras_run(run_dir: Path, imports: Sequence[str] = ()) -> KerasRun:
@@ -150,6 +151,7 @@ class KerasRun:
             suspects,
             self.batch(step),
             bool(self._start),
+            bottomless(self.telemetry()),
         )
 
     def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:

@@ -6,11 +6,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_words import number
+from diagnostics.telemetry_view import scalar_column
 
 # A finite loss may still be a dead run: this many times the loss of guessing.
 RUNAWAY_LOSS = 10.0
+_ABYSS = 100.0  # times its first size below zero: no loss with a lower bound goes there
 _TAIL = 9  # steps whose median loss counts as the last loss
 # A stalled run has begun to learn once the median loss of so many steps is below this
 # part of guessing, and most of them below the recorded loss of the same batch.
@@ -58,6 +62,21 @@ def not_learning(losses: Sequence[float], facts: RunFacts, recorded: Telemetry) 
     median = statistics.median(tail)
     if median > _LEARNT * usual or better < _MOSTLY * LEARNING_STEPS:
         return f"does not learn: the loss stands at {median:.4g}"
+    return ""
+
+
+def bottomless(telemetry: Telemetry) -> bool:
+    """Whether the recorded loss fell so far below zero that it has no lower bound."""
+    column = scalar_column(telemetry, "loss")
+    losses = np.zeros(0) if column is None else column[np.isfinite(column)]
+    return losses.size > 0 and bool(losses[-1] < -_ABYSS * max(abs(losses[0]), 1.0))
+
+
+def still_falling(losses: Sequence[float]) -> str:
+    """Of a bottomless run: why a replay only falls more slowly; '' if it does not fall."""
+    half = len(losses) // 2
+    if half and statistics.mean(losses[half:]) < min(0.0, statistics.mean(losses[:half])):
+        return f"only slower: the loss still falls, to {number(losses[-1])}"
     return ""
 
 

@@ -336,6 +336,26 @@ def test_runaway_of_a_loss_without_a_known_chance_is_measured_by_its_first():
     assert runaway([1.0, 1e9] + [1.0] * 8, facts) == ""
 
 
+def test_of_a_loss_without_lower_bound_what_only_delays_is_no_fix():
+    def rule(kind, value, step):
+        if kind == "loss_formula":
+            return 1.0 / (1 + step)
+        if kind == "learning_rate":
+            return 1.0 - value * step
+        return None if step == FAILING else 1.0 - 10.0 ** (2 * step)
+
+    formula = Change("loss_formula", "the other sign", "the other sign", rank=3)
+    fixes = searched(ScriptedRun(rule), [rate(0.5), formula], "loss_formula")
+    slower = by_label(fixes.results)["learning rate 0.5"]
+    assert not slower.survived and slower.note.startswith("only slower: the loss still falls")
+    assert "--loss_formula" in fixes.recommendation.command and fixes.recommendation.verified
+    # A loss that may well be negative, in a run that did not run away downwards.
+    healthy = ScriptedRun(
+        lambda kind, value, step: None if kind == "none" and step == FAILING else 1.0 - 0.5 * step
+    )
+    assert by_label(searched(healthy, [rate(0.5)]).results)["learning rate 0.5"].survived
+
+
 def telemetry_of(losses):
     return Telemetry(np.arange(len(losses)), ("loss",), np.array(losses, np.float32)[:, None])
 

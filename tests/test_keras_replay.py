@@ -93,6 +93,27 @@ def test_the_diagnosis_names_the_row_and_a_proven_fix(stopped):
     assert "row 26" in str(found)
 
 
+def against(targets, predictions):
+    """A squared error with the wrong sign."""
+    return -keras.ops.square(targets - predictions)
+
+
+def test_a_loss_with_the_wrong_sign_is_turned_and_not_only_slowed_down(tmp_path):
+    def build() -> keras.Model:
+        layers = [keras.Input((FEATURES,)), L.Dense(8, "relu"), L.Dense(1, name="out")]
+        return compiled(keras.Sequential(layers), loss=against, optimizer=keras.optimizers.SGD(0.3))
+
+    x, _ = data()
+    x = np.tile(x, (4, 1))
+    found = Fitted(build, x, x[:, :1], tmp_path / "run").guard.diagnose(budget_seconds=20)
+    assert found.cause.kind == "loss_formula" and found.recommendation.verified
+    assert (
+        found.recommendation.command == "loss = lambda y_true, y_pred: -your_loss(y_true, y_pred)"
+    )
+    rates = [one for one in found.counterfactuals if one.kind == "learning_rate"]
+    assert rates and not any(one.survived for one in rates)
+
+
 def test_a_healthy_run_has_nothing_to_diagnose(tmp_path):
     fitted = Fitted(lambda: compiled(mlp()), *data(), tmp_path / "run")
     with pytest.raises(NothingToDiagnose):
