@@ -120,16 +120,18 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
     """A loss that outputs and labels of ordinary size cannot have, where it all began."""
     facts, telemetry, onset = evidence.facts, evidence.telemetry, evidence.onset
     loss, names = scalar_column(telemetry, "loss"), layer_names(telemetry)
-    if facts.classes or facts.chance_loss or onset is None or loss is None or not names:
+    if facts.classes or facts.chance_loss or loss is None or not loss.size or not names:
         return
-    row = int(np.searchsorted(telemetry.steps, onset.step))
+    # Without an onset the last step came out of the blue.
+    began = int(telemetry.steps[-1]) if onset is None else onset.step
+    row = int(np.searchsorted(telemetry.steps, began))
     outputs = preactivations_of_row(telemetry, row).get(names[-1], math.nan)
     targets = [s.absmax for s in label_arrays(evidence).values() if math.isfinite(s.absmax)]
     usual = outputs**2 + max(targets, default=0.0) ** 2 + 1.0
     if not targets or not outputs < 1e3 or not usual < 1e8 or not abs(loss[row]) > 1e4 * usual:
         return
     text = (
-        f"Step {onset.step}, where it began, has loss {number(float(loss[row]))}, although its "
+        f"Step {began}, where it began, has loss {number(float(loss[row]))}, although its "
         f"outputs are at most {number(outputs)} and the labels of this batch {number(max(targets))}"
     )
     if facts.extra.get("loss weights"):

@@ -17,8 +17,9 @@ from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 from diagnostics.signals import RECURRENT
 
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
-OTHER_SIGN = "the other sign"
+OTHER_SIGN, ZERO_BIASES = "the other sign", "zero biases"
 EPSILON, LAYER_EPSILON = 1e-7, 1e-3
+_LARGE_BIAS = 3.0  # before the first step; an LSTM's forget gate begins at 1
 # Losses that take probabilities and can be told to take logits.
 _FROM_PROBABILITIES = ("categorical_crossentropy", "binary_crossentropy")
 
@@ -30,7 +31,7 @@ def candidates(
     step: int,
     suspects: Sequence[int],
     batch: Batch | None,
-    has_start: bool,
+    start: State,
     falls: bool = False,
 ) -> list[Change]:
     """Changes worth a replay, those nearest to the intended run first.
@@ -38,7 +39,7 @@ def candidates(
     Args:
       failed: the checks that tripped.
       batch: the failing one; tells whether inputs are unscaled.
-      has_start: the state of step 0 is known.
+      start: the state of step 0; empty where it is not known.
       falls: the loss ran away downwards.
     """
     found: list[Change] = []
@@ -52,11 +53,13 @@ def candidates(
     losses = compiled_losses(model)
     if falls and losses and not any(_is_cross_entropy(loss) for loss in losses):
         label = "the loss with the other sign"
-        found.append(Change("loss_formula", OTHER_SIGN, label, from_start=has_start, rank=1))
+        found.append(Change("loss_formula", OTHER_SIGN, label, from_start=bool(start), rank=1))
     found += _precision_changes(facts, failed)
     found += _setting_changes(model)
     found += _rate_changes(model, facts, step)
-    if has_start and any(layer.weight for layer in facts.layers):
+    if any(np.abs(start[name]).max(initial=0.0) > _LARGE_BIAS for name in _biases(start)):
+        found.append(Change("init", ZERO_BIASES, "biases that begin at 0", from_start=True, rank=1))
+    if start and any(layer.weight for layer in facts.layers):
         for rank, name in ((2, "glorot_uniform"), (2, "he_normal")):
             found.append(Change("init", name, f"init {name}", from_start=True, rank=rank))
         found.append(Change("init_scale", 0.1, "initial kernels times 0.1", True, rank=6))
@@ -188,6 +191,8 @@ def changed_start(state: State, facts: RunFacts, change: Change | None) -> State
     if change is None or change.kind not in ("init", "init_scale"):
         return state
     changed = dict(state)
+    if change.value == ZERO_BIASES:
+        return changed | {name: np.zeros_like(state[name]) for name in _biases(state)}
     for seed, layer in enumerate(facts.layers):
         if layer.weight is None or layer.weight not in state:
             continue
@@ -206,6 +211,10 @@ def changed_start(state: State, facts: RunFacts, change: Change | None) -> State
         if name.startswith("params/") and name.endswith("/recurrent_kernel"):
             changed[name] = _other_recurrence(state[name], change)
     return changed
+
+
+def _biases(state: State) -> list[str]:
+    return [n for n in state if n.startswith("params/") and n.endswith("/bias")]
 
 
 def _other_recurrence(old: np.ndarray, change: Change) -> np.ndarray:
@@ -240,6 +249,8 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
         return f"epsilon={value[1]:g}  # of the layer {value[0]}"
     if change.kind == "precision":
         return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
+    if change.kind == "init" and value == ZERO_BIASES:
+        return 'bias_initializer="zeros"  # of every layer'
     if change.kind == "init":
         layers = [layer.name for layer in facts.layers if layer.weight]
         shown = ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")

@@ -15,6 +15,7 @@ DATA_CHANGES = (
     "finite_inputs",
     "input_scale",
     "shift_labels",
+    "valid_labels",
     "target_scale",
 )
 
@@ -34,6 +35,9 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
         found.append(Change("input_scale", 1.0 / divisor, label, rank=2))
     if facts.classes and any(a.min() >= 1 and a.max() == facts.classes for a in labels):
         found.append(Change("shift_labels", -1, "class numbers lowered by 1", rank=1))
+    elif facts.classes and any(_no_class(a, facts.classes).any() for a in labels):
+        label = f"without examples whose label is none of 0 to {facts.classes - 1}"
+        found.append(Change("valid_labels", facts.classes, label, rank=1))
     if not facts.classes:
         spread = max((_rms(a) for a in labels if a.dtype.kind == "f"), default=0.0)
         if spread > LARGE_TARGET:
@@ -41,6 +45,14 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
             label = f"targets divided by {divisor:g}"
             found.append(Change("target_scale", 1.0 / divisor, label, rank=2))
     return found
+
+
+def _no_class(labels: np.ndarray, classes: int) -> np.ndarray:
+    """bool [n]: rows that hold a class number out of range; none if it holds no class numbers."""
+    if labels.dtype.kind not in "iu":
+        return np.zeros(len(labels), bool)
+    wrong = (labels < 0) | (labels >= classes)
+    return np.asarray(wrong.reshape(len(labels), -1).any(axis=1))
 
 
 def input_divisor(inputs: list[np.ndarray]) -> float | None:
@@ -68,7 +80,13 @@ def changed_batch(batch: Batch, change: Change | None) -> Batch:
     if change is None or change.kind not in DATA_CHANGES:
         return batch
     if change.kind == "without_examples":
-        return _without(batch, change) if "example_ids" in batch else batch
+        if "example_ids" not in batch:
+            return batch
+        return _without(batch, np.isin(batch["example_ids"], np.array(change.value)))
+    if change.kind == "valid_labels":
+        labels = [a for n, a in batch.items() if n.startswith("labels") and a.ndim]
+        bad = np.any([_no_class(one, change.value) for one in labels], axis=0)
+        return _without(batch, bad) if bad.any() else batch
     part = "labels" if change.kind in ("shift_labels", "target_scale") else "inputs"
     return {
         name: _changed(array, change) if name.startswith(part) else array
@@ -86,8 +104,8 @@ def _changed(array: np.ndarray, change: Change) -> np.ndarray:
     return (array * np.float32(change.value)).astype(array.dtype)
 
 
-def _without(batch: Batch, change: Change) -> Batch:
-    bad = np.isin(batch["example_ids"], np.array(change.value))
+def _without(batch: Batch, bad: np.ndarray) -> Batch:
+    """The batch with its first good row in place of the bad ones, bool [n]."""
     if bad.all():
         raise InputError("every example of the batch is suspect", "Look at the data itself")
     rows = np.where(bad, np.flatnonzero(~bad)[0], np.arange(len(bad)))
@@ -109,6 +127,9 @@ def data_command(change: Change, structure: Any) -> str:
         named = zip(("x", "y", "sample_weight"), parts or [structure], strict=False)
         lines = {name: _deleted(name, part, list(value)) for name, part in named if part}
         return f"{', '.join(lines)} = {', '.join(lines.values())}"
+    if change.kind == "valid_labels":
+        good = f"keep = np.all((y >= 0) & (y < {value}), axis=tuple(range(1, y.ndim)))"
+        return f"{good}; x, y = x[keep], y[keep]  # before fit"
     if change.kind == "finite_inputs":
         return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
     if change.kind == "shift_labels":

@@ -150,7 +150,7 @@ class KerasRun:
             step,
             suspects,
             self.batch(step),
-            bool(self._start),
+            self._start or {},
             bottomless(self.telemetry()),
         )
 

@@ -239,7 +239,15 @@ def _has_bound(optimizer: Any, touched: Sequence[Any]) -> bool:
         return True
     # A centred RMSprop subtracts under its root, which rounding can make negative.
     known = type(inner) in _ADAPTIVE and not getattr(inner, "centered", False)
-    return known and inner.epsilon >= 1e-30
+    return known and inner.epsilon >= 1e-30 and _tame(inner)
+
+
+def _tame(optimizer: Any) -> bool:
+    """Whether its running means are means, and of no more steps than `_AMPLIFICATION`."""
+    longest = 1.0 - 1.0 / _AMPLIFICATION
+    limits = {"beta_1": longest, "momentum": longest, "beta_2": 1.0 - 1e-7, "rho": 1.0 - 1e-7}
+    values = {name: getattr(optimizer, name, None) for name in limits}
+    return all(value is None or 0 <= value <= limits[name] for name, value in values.items())
 
 
 def _bound(optimizer: Any, norm: dict[str, tf.Tensor]) -> tf.Tensor:

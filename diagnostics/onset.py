@@ -34,6 +34,7 @@ from diagnostics.telemetry_view import (
     overwritten,
     scalar_column,
 )
+from diagnostics.update_size import update_ratio
 
 AMPLIFIED = 1e3  # largest pre-activation over largest input of a healthy first step: about 1
 HUGE_GRADIENT = 1e6
@@ -74,7 +75,8 @@ def find_onset(telemetry: Telemetry, facts: RunFacts) -> Onset | None:
     bad_start = _bad_start(telemetry, series)
     if bad_start is not None:
         return _as_onset(bad_start)
-    rises = [rise for one in series if (rise := _rise(one, telemetry)) is not None]
+    found = (_rise(one, telemetry, facts) for one in series)
+    rises = [rise for rise in found if rise is not None]
     if not rises:
         return None
     # What overwritten weights do in their step is not the beginning: they are.
@@ -130,7 +132,7 @@ def _bad_start(telemetry: Telemetry, series: list[_Series]) -> _Rise | None:
     return _Rise(worst, 0, int(telemetry.steps[0]), float(bits[-1] - bits[0]))
 
 
-def _rise(series: _Series, telemetry: Telemetry) -> _Rise | None:
+def _rise(series: _Series, telemetry: Telemetry, facts: RunFacts) -> _Rise | None:
     """The last rise of one quantity, if it goes on until the end."""
     bits = _bits(series)
     last, lowest = bits.size - 1, float(bits.min())
@@ -153,7 +155,8 @@ def _rise(series: _Series, telemetry: Telemetry) -> _Rise | None:
         return _Rise(series, start + 1, steps, float(bits[last] - bits[start]), since=start)
     if start == last - 1:
         return _Rise(series, start, int(telemetry.steps[start]), float(bits[last] - bits[start]))
-    if _came_with_its_batch(series, telemetry, bits, start + 1):
+    jumped = series.quantity != "weight_norm" and bits[start + 1] - bits[start] >= _JUMP
+    if jumped and _came_with_its_batch(telemetry, facts, start + 1):
         return _Rise(series, start + 1, int(telemetry.steps[start + 1]), float(bits[-1]) - usual)
     # The rise had begun before it left the tolerance: follow its slope back.
     slope = (float(bits[-1]) - float(bits[start])) / (last - start)
@@ -166,18 +169,17 @@ def _sudden(bits: np.ndarray, usual: float) -> bool:
     return bits[-1] - bits[-2] > _OUT_OF_THE_BLUE and bits[-2] - usual < _SMALLEST_RISE
 
 
-def _came_with_its_batch(series: _Series, telemetry: Telemetry, bits: np.ndarray, row: int) -> bool:
-    """Whether a quantity jumped although the weights had hardly changed since the row before.
+def _came_with_its_batch(telemetry: Telemetry, facts: RunFacts, row: int) -> bool:
+    """Whether the weights had hardly changed since the row before.
 
-    Then that row's own batch made it jump, not an update before it.
+    Then that row's own batch made a quantity jump, not an update before it.
     """
-    if series.quantity == "weight_norm" or bits[row] - bits[row - 1] < _JUMP:
-        return False
-    ratios = [
-        column[row]
-        for layer in layer_names(telemetry)
-        if (column := layer_column(telemetry, layer, "update_ratio")) is not None
-    ]
+    ratios = []
+    for layer in layer_names(telemetry):
+        ratio = update_ratio(telemetry, facts, layer)
+        if ratio is not None:
+            told = layer_column(telemetry, layer, "update_ratio") is not None
+            ratios.append(ratio[row] if told else ratio[row - 1])
     return bool(ratios) and max(ratios) < _SMALL_UPDATE
 
 

@@ -96,6 +96,17 @@ def test_a_first_step_that_fails_leaves_the_initial_weights(tmp_path):
     assert int(stopped.model.optimizer.iterations) == 0
 
 
+def test_a_running_mean_that_never_forgets_is_refused_before_it_writes(tmp_path):
+    """With beta_1 = 1 Adam divides by 0: no bound of the new weights holds."""
+    optimizer = keras.optimizers.Adam(1e-3, beta_1=1.0)
+    stopped = Fitted(lambda: compiled(mlp(), optimizer=optimizer), *data(), tmp_path / "run")
+    assert stopped.guard.step == 0
+    assert all(np.isfinite(weights).all() for weights in stopped.model.get_weights())
+    found = stopped.guard.diagnose(budget_seconds=10)
+    assert found.cause.kind == "optimizer" and "beta_1=0.9" in found.recommendation.command
+    assert found.recommendation.verified
+
+
 def test_the_incident_holds_state_batch_and_telemetry(tmp_path):
     stopped = Fitted(lambda: compiled(mlp()), *poisoned(3), tmp_path / "run")
     incident = read_incident(stopped.guard.incident)
