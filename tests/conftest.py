@@ -1,7 +1,9 @@
 """Hypothesis profiles (`HYPOTHESIS_PROFILE` or `--hypothesis-profile`) and quiet logs."""
 
+import gc
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Before any test imports TensorFlow.
@@ -13,3 +15,18 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("quick"), max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_collection_finish(session):
+    """What the imports left is not searched for garbage at each of Keras's many collections."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def shared_training():
+    """The module's runs of one kind share a compiled step; test_kill_resume.py's never do."""
+    from fault_sharing import shared_training as sharing
+
+    with sharing():
+        yield

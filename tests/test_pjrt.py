@@ -35,17 +35,23 @@ NETWORK = tiny_network(CONFIG)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def make():
-    """(config) -> PjrtStep, over 8 virtual devices.
+def make(tmp_path_factory):
+    """(config) -> PjrtStep, over 8 virtual devices; the same program is compiled once.
 
     Without op determinism, which other tests of this process may have turned on:
     TensorFlow lowers nothing under it.
     """
-    eight_virtual_devices()
+    jax = eight_virtual_devices()
+    from jax.experimental.compilation_cache import compilation_cache
+
     from vggrepro.pjrt_step import PjrtStep
 
     tensorflow_config.disable_op_determinism()
+    # Not for other modules: a program compiled for a TPU that is not there cannot be read back.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield lambda config: PjrtStep(config, NETWORK, initial_state(config, NETWORK))
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     tf.config.experimental.enable_op_determinism()
 
 
