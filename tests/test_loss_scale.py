@@ -31,6 +31,8 @@ from vggrepro.step_state import initial_state
 from vggrepro.train_step import TrainStep
 from vggrepro.verification import verify
 
+pytestmark = pytest.mark.usefixtures("shared_training")
+
 CONFIG = tiny_config(precision="float16", warmup_steps=0)
 NETWORK = tiny_network(CONFIG)
 START = initial_state(CONFIG, NETWORK)
