@@ -244,7 +244,7 @@ def main() -> None:
         "two": fresh("two", "mirrored", devices=2),
         "four": fresh("four", "mirrored", devices=4),
         "workers": fresh("workers", **two, changes=loops),
-        "four-workers": fresh("four-workers", "auto", workers=4, changes=loops),
+        "four-workers": fresh("four-workers", "auto", workers=4),
         "poisoned": fresh("poisoned", **two, prepare=poisoned, changes=loops),
         "killed": fresh("killed", **two, prepare=killed),
         "killed-on": resumed("killed-on", "killed", "--strategy", "cpu"),
