@@ -1,7 +1,9 @@
 """Hypothesis profiles (`HYPOTHESIS_PROFILE` or `--hypothesis-profile`) and quiet logs."""
 
+import gc
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Before any test imports TensorFlow.
@@ -13,3 +15,29 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("quick"), max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# Files of most seconds first, so that two processes end at about the same time.
+HEAVY = """
+    distributed keras_guard_breadth kill_resume pjrt fault_campaign keras_guard trainer loss_scale
+    diagnose_command shards trace emulation keras_domains train_step diagnose
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish(session):
+    """What the imports left is not searched for garbage at each of Keras's many collections."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def shared_training():
+    """The module's runs of one kind share a compiled step; test_kill_resume.py's never do."""
+    from fault_sharing import shared_training as sharing
+
+    with sharing():
+        yield

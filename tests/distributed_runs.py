@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from small_runs import random_batch, tiny_config, tiny_network
+from small_runs import random_batch, random_tensors, tiny_config, tiny_network
 
 from diagnostics.snapshot import hash_arrays
 from vggrepro import accelerator, cli, run_start
@@ -174,7 +174,7 @@ def torn_state() -> list[Any]:
         return [copy.numpy().tobytes() for copy in every]
 
     before = bits()
-    batch = [tf.constant(array) for array in random_batch(config)]
+    batch = random_tensors(config)
     result, again = step(*batch), step(*batch)
     pairs = zip(step.layout.checks(), result.passed, strict=True)
     failed = [check.describe() for check, passed in pairs if not passed]
@@ -244,7 +244,7 @@ def main() -> None:
         "two": fresh("two", "mirrored", devices=2),
         "four": fresh("four", "mirrored", devices=4),
         "workers": fresh("workers", **two, changes=loops),
-        "four-workers": fresh("four-workers", "auto", workers=4, changes=loops),
+        "four-workers": fresh("four-workers", "auto", workers=4),
         "poisoned": fresh("poisoned", **two, prepare=poisoned, changes=loops),
         "killed": fresh("killed", **two, prepare=killed),
         "killed-on": resumed("killed-on", "killed", "--strategy", "cpu"),

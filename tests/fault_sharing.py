@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import tensorflow as tf
 from fault_injection import patched
@@ -16,10 +17,12 @@ from toy_step import changed
 
 from diagnostics.protocol import Change
 from vggrepro import replay_adapter, train_step, trainer
+from vggrepro.accelerator import Engine
 from vggrepro.config import TrainConfig
 from vggrepro.model import Network
 from vggrepro.step_state import State, compiled_part, initial_state
 from vggrepro.train_step import TrainStep
+from vggrepro.training_step import training_step
 
 
 class StepPool:
@@ -44,6 +47,29 @@ class StepPool:
         step.reconfigure(config)
         step.load(initial_state(config, network) if state is None else state)
         return step
+
+
+class TrainingPool(StepPool):
+    """The same for the trainer, of which only one runs at a time; other engines are left alone."""
+
+    def __call__(
+        self,
+        config: TrainConfig,
+        network: Network,
+        state: State | None = None,
+        engine: Engine | None = None,
+        multiply_dtype: None = None,
+    ) -> Any:
+        if engine is None or engine.strategy != "cpu":
+            return training_step(config, network, state, engine)
+        return super().__call__(config, network, state)
+
+
+@contextmanager
+def shared_training() -> Iterator[None]:
+    """VGG runs that are trained inside share their compiled steps, those that are replayed none."""
+    with patched((trainer, "training_step", TrainingPool())):
+        yield
 
 
 @contextmanager

@@ -57,6 +57,9 @@ def compiled(model: keras.Model, **options: Any) -> keras.Model:
 class Fitted:
     """A model after a fit with or without a guard, made from fixed seeds.
 
+    Attributes:
+      halfway: `bits()` after the first half of the steps of an epoch.
+
     Args:
       build: makes the compiled model. fit: arguments of `fit`, or a function that
         is given (model, callbacks) and fits.
@@ -74,11 +77,17 @@ class Fitted:
         keras.utils.set_random_seed(7)
         self.model = build()
         self.guard = None if run_dir is None else NumericGuard(run_dir)
-        callbacks = [*fit.pop("callbacks", []), *([self.guard] if self.guard else [])]
+        self.halfway: list[bytes] = []
+        half = keras.callbacks.LambdaCallback(on_train_batch_end=self._on_batch)
+        callbacks = [half, *fit.pop("callbacks", []), *([self.guard] if self.guard else [])]
         options = {"shuffle": False, "verbose": 0, "epochs": 1, **fit}
         if isinstance(x, np.ndarray):
             options.setdefault("batch_size", BATCH)
         self.history = self.model.fit(x, y, callbacks=callbacks, **options)
+
+    def _on_batch(self, batch: int, logs: dict | None) -> None:
+        if batch == STEPS // 2 - 1:
+            self.halfway = self.bits()
 
     def bits(self) -> list[bytes]:
         """Every weight, slot, statistic and seed of the model, as bytes."""

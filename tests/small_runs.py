@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from diagnostics.snapshot import hash_arrays
 from vggrepro.config import TrainConfig
@@ -14,6 +15,7 @@ from vggrepro.model import Network, build_network
 from vggrepro.run_directory import RunDirectory
 from vggrepro.step_metrics import ON_THE_CLOCK
 from vggrepro.synthetic import ensure_synthetic
+from vggrepro.train_step import TrainStep
 
 TINY = {
     "width": 0.05,
@@ -51,6 +53,17 @@ def random_batch(config: TrainConfig, seed: int = 0) -> tuple[np.ndarray, np.nda
     side = config.image_size
     images = random.normal(0.0, 60.0, (config.batch_size, side, side, 3)).astype(np.float32)
     return images, random.integers(0, config.classes, config.batch_size).astype(np.int32)
+
+
+def random_tensors(config: TrainConfig, seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
+    """`random_batch` as a step takes it."""
+    images, labels = random_batch(config, seed)
+    return tf.constant(images), tf.constant(labels)
+
+
+def tiny_step(config: TrainConfig) -> TrainStep:
+    """At its initial state, of one replica."""
+    return TrainStep(config, tiny_network(config))
 
 
 def without_timing(record: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from vggrepro.replay_adapter import VggRun
 from vggrepro.replay_progress import ReplayProgress
 from vggrepro.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("shared_training")
+
 # Seconds: a busy machine must not cut a replay.
 AMPLE = ("--budget-seconds", "100000")
 

@@ -15,11 +15,13 @@ import tensorflow as tf
 from distributed_runs import BAD_ROW, BAD_STEP
 from small_runs import (
     random_batch,
+    random_tensors,
     replaced,
     run_outcome,
     tiny_config,
     tiny_data,
     tiny_network,
+    tiny_step,
 )
 
 from diagnostics.diagnose import diagnose
@@ -171,10 +173,10 @@ def test_the_chief_alone_writes(runs):
 
 def test_the_sum_over_replicas_is_the_gradient_of_the_whole_batch():
     config = tiny_config(warmup_steps=0)
-    whole, shared = TrainStep(config, tiny_network(config)), TrainStep(config, tiny_network(config))
+    whole, shared = tiny_step(config), tiny_step(config)
     shared.replicas = 4
     for number in range(3):
-        batch = [tf.constant(array) for array in random_batch(config, number)]
+        batch = random_tensors(config, number)
         one, four = whole(*batch), shared(*batch)
         np.testing.assert_allclose(four.telemetry, one.telemetry, rtol=1e-4, atol=1e-6)
         assert four.healthy == [True] * 4 and not one.healthy
@@ -199,12 +201,12 @@ def test_float16_skips_on_all_replicas_at_once_with_the_bits_of_one_device(runs)
 
 def test_the_self_test_refuses_a_replica_that_sees_nothing(monkeypatch):
     config = tiny_config()
-    step = TrainStep(config, tiny_network(config))
+    step = tiny_step(config)
     step.replicas = 2
-    batch = [tf.constant(array) for array in random_batch(config)]
+    batch = random_tensors(config)
     assert self_test(step, *batch) == len(step.layout.checks())
     monkeypatch.setattr(replica_evidence, "all_its_own_finite", lambda own: tf.constant(True))
-    blind = TrainStep(config, tiny_network(config))
+    blind = tiny_step(config)
     blind.replicas = 2
     with pytest.raises(GuardFailure, match="replica 0, 1 did not see"):
         self_test(blind, *batch)

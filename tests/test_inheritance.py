@@ -22,6 +22,8 @@ from vggrepro.model import build_network
 from vggrepro.replay_adapter import VggRun
 from vggrepro.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("shared_training")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

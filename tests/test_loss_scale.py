@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from small_runs import (
-    random_batch,
+    random_tensors,
     replaced,
     run_outcome,
     tiny_config,
     tiny_data,
     tiny_network,
+    tiny_step,
 )
 
 from diagnostics.diagnose import diagnose
@@ -31,6 +32,8 @@ from vggrepro.step_state import initial_state
 from vggrepro.train_step import TrainStep
 from vggrepro.verification import verify
 
+pytestmark = pytest.mark.usefixtures("shared_training")
+
 CONFIG = tiny_config(precision="float16", warmup_steps=0)
 NETWORK = tiny_network(CONFIG)
 START = initial_state(CONFIG, NETWORK)
@@ -39,7 +42,7 @@ OVERFLOWS = 2.0**24  # a scale at which the gradients of these tiny nets overflo
 
 @pytest.fixture(scope="module")
 def step() -> TrainStep:
-    return TrainStep(CONFIG, NETWORK)
+    return tiny_step(CONFIG)
 
 
 def scaled(scale: float, good_steps: int = 0) -> dict[str, np.ndarray]:
@@ -52,7 +55,7 @@ def scaled(scale: float, good_steps: int = 0) -> dict[str, np.ndarray]:
 
 def run(step: TrainStep, seed: int = 0):
     """(result, its telemetry by column)."""
-    result = step(*map(tf.constant, random_batch(CONFIG, seed)))
+    result = step(*random_tensors(CONFIG, seed))
     return result, dict(zip(step.layout.columns(), result.telemetry.tolist(), strict=True))
 
 
@@ -63,7 +66,7 @@ def weights(state) -> str:
 
 def test_only_float16_has_a_loss_scale_in_its_state_and_telemetry():
     for precision in ("float32", "bfloat16"):
-        other = TrainStep(replaced(CONFIG, precision=precision), NETWORK)
+        other = tiny_step(replaced(CONFIG, precision=precision))
         assert not any(name.startswith("loss_scale") for name in other.variables)
         assert not other.layout.extra
     assert START[SCALE] == 2**15 and START[GOOD_STEPS] == 0
@@ -99,7 +102,7 @@ def test_a_skip_tells_the_gradients_at_scale_one(step):
 
 def test_without_the_skip_the_same_step_would_be_refused(step, monkeypatch):
     monkeypatch.setattr(loss_scale, "overflowed", lambda gradients: tf.constant(False))
-    unskipping = TrainStep(CONFIG, NETWORK)
+    unskipping = tiny_step(CONFIG)
     unskipping.load(scaled(OVERFLOWS))
     result, _ = run(unskipping)
     assert not result.applied and not result.passed.all()
@@ -148,7 +151,7 @@ def poisoned_backward(monkeypatch) -> TrainStep:
     monkeypatch.setattr(
         step_core, "cross_entropy", lambda logits, *rest: real(faulty(logits), *rest)
     )
-    return TrainStep(CONFIG, NETWORK)
+    return tiny_step(CONFIG)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**15])
@@ -188,15 +191,14 @@ def test_gradients_that_overflow_at_scale_one_are_an_incident(step):
 def test_the_self_test_fires_every_check_and_leaves_the_scale(step):
     step.load(scaled(OVERFLOWS, good_steps=3))
     before = hash_arrays(step.state())
-    images, labels = map(tf.constant, random_batch(CONFIG))
-    assert self_test(step, images, labels) == len(step.layout.checks())
+    assert self_test(step, *random_tensors(CONFIG)) == len(step.layout.checks())
     assert hash_arrays(step.state()) == before
 
 
 @pytest.mark.slow
 def test_a_host_loop_skips_inside(step):
     """Four steps in one call: the same bits as one by one, skips included."""
-    batches = [tuple(map(tf.constant, random_batch(CONFIG, seed))) for seed in range(4)]
+    batches = [random_tensors(CONFIG, seed) for seed in range(4)]
     step.load(scaled(OVERFLOWS))
     single = [step(*batch) for batch in batches]
     state = step.state()

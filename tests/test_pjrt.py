@@ -11,11 +11,13 @@ import tensorflow as tf
 from jax_devices import eight_virtual_devices
 from small_runs import (
     random_batch,
+    random_tensors,
     replaced,
     run_outcome,
     tiny_config,
     tiny_data,
     tiny_network,
+    tiny_step,
 )
 from tensorflow.python.framework import config as tensorflow_config
 
@@ -27,25 +29,30 @@ from vggrepro import trainer
 from vggrepro.loss_scale import SCALE
 from vggrepro.replay_adapter import VggRun
 from vggrepro.step_state import initial_state
-from vggrepro.train_step import TrainStep
 from vggrepro.verification import verify
 
-CONFIG = tiny_config(strategy="pjrt", classes=3, batch_size=8)
+CONFIG = tiny_config(strategy="pjrt")
 NETWORK = tiny_network(CONFIG)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def make():
-    """(config) -> PjrtStep, over 8 virtual devices.
+def make(tmp_path_factory):
+    """(config) -> PjrtStep, over 8 virtual devices; the same program is compiled once.
 
     Without op determinism, which other tests of this process may have turned on:
     TensorFlow lowers nothing under it.
     """
-    eight_virtual_devices()
+    jax = eight_virtual_devices()
+    from jax.experimental.compilation_cache import compilation_cache
+
     from vggrepro.pjrt_step import PjrtStep
 
     tensorflow_config.disable_op_determinism()
+    # Not for other modules: a program compiled for a TPU that is not there cannot be read back.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield lambda config: PjrtStep(config, NETWORK, initial_state(config, NETWORK))
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     tf.config.experimental.enable_op_determinism()
 
 
@@ -56,7 +63,7 @@ def step(make):
 
 @pytest.fixture(scope="module")
 def plain():
-    return TrainStep(CONFIG, NETWORK)
+    return tiny_step(CONFIG)
 
 
 def fed(step, images, labels):
@@ -80,7 +87,7 @@ def test_eight_devices_give_the_losses_of_tensorflow_over_50_steps(step, plain):
 
 
 def test_the_self_test_sees_every_check_fire(step, plain):
-    batch = [tf.constant(array) for array in random_batch(CONFIG)]
+    batch = random_tensors(CONFIG)
     before = hash_arrays(step.state())
     assert self_test(step, *batch) == self_test(plain, *batch)
     assert hash_arrays(step.state()) == before
@@ -169,7 +176,7 @@ def test_an_incident_is_diagnosed_on_the_cpu_by_tensorflow(tmp_path, monkeypatch
 def test_float16_skips_as_tensorflow_does_and_a_nan_is_still_an_incident(make):
     """Scaled to overflow on all replicas: the update is left out, the scale halves, no more."""
     config = replaced(CONFIG, precision="float16")
-    step, plain = make(config), TrainStep(config, NETWORK)
+    step, plain = make(config), tiny_step(config)
     start = {**initial_state(config, NETWORK), SCALE: np.array(2.0**24, np.float32)}
     step.load(start)
     plain.load(start)
@@ -182,4 +189,4 @@ def test_float16_skips_as_tensorflow_does_and_a_nan_is_still_an_incident(make):
     assert step.state()[SCALE] == 2.0**23 and ours.healthy == [True] * 8
     step.load({**start, SCALE: np.array(1.0, np.float32)})
     assert fed(step, *batch).applied and step.state()["counters/step"] == 1
-    assert self_test(step, *map(tf.constant, batch)) == len(step.layout.checks())
+    assert self_test(step, *random_tensors(CONFIG)) == len(step.layout.checks())

@@ -17,6 +17,9 @@ from vggrepro import run_start, trainer
 from vggrepro.hooks import Hook
 from vggrepro.run_directory import RunDirectory
 from vggrepro.train_step import TrainStep
+from vggrepro.training_step import training_step
+
+pytestmark = pytest.mark.usefixtures("shared_training")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,7 @@ def test_a_blind_guard_refuses_to_train(data, tmp_path, monkeypatch):
     from diagnostics import guard
 
     monkeypatch.setattr(guard, "all_finite", lambda groups: tf.fill([len(groups)], True))
+    monkeypatch.setattr(trainer, "training_step", training_step)  # compiled anew
     with pytest.raises(GuardFailure, match="did not see a NaN"):
         trainer.train(tiny_config(data), tmp_path / "run")
 

@@ -21,6 +21,8 @@ from vggrepro.step_state import compiled_part
 from vggrepro.train_step import TrainStep
 from vggrepro.verification import verify
 
+pytestmark = pytest.mark.usefixtures("shared_training")
+
 COMPILED = {}
 
 

@@ -20,6 +20,7 @@ import tensorflow as tf
 from diagnostics.errors import InputError
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import Plan, Rows, example_reader, example_rows
+from vggrepro.graph_functions import as_written
 from vggrepro.order import WindowShuffle, example_order
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
@@ -67,6 +68,7 @@ class TrainingStream:
                 self._reader.rows(self._planned(step, step + 1))
             ).get_single_element(),
             input_signature=[tf.TensorSpec([], tf.int64)],
+            autograph=False,
         )
 
     def batch(self, step: int) -> Batch:
@@ -95,13 +97,14 @@ class TrainingStream:
         if not (whole and isinstance(self._order, WindowShuffle) and self.index.records):
             return self._reader.rows(plans)
         data = window_records(self._order, self.index.records, first_step * self.batch_size)
-        rows = plans.map(lambda row, places: row).unbatch()
+        rows = plans.map(as_written(lambda row, places: row)).unbatch()
         return tf.data.Dataset.zip((rows, data))
 
     def _batches(self, rows: tf.data.Dataset) -> tf.data.Dataset:
         examples = rows.map(self._example, num_parallel_calls=_threads(), deterministic=True)
         return _with_options(examples.batch(len(self._rows), drop_remainder=True))
 
+    @as_written
     def _plan(self, step: tf.Tensor) -> Plan:
         """What a step's rows read and how they are augmented."""
         rows = tf.range(self._rows.start, self._rows.stop, dtype=tf.int64)
@@ -112,6 +115,7 @@ class TrainingStream:
         row, places = self._reader.look_up(example_ids)
         return {**row, "seeds": seeds}, places
 
+    @as_written
     def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
         jpeg = self._reader.jpeg(stored)
         return {
@@ -194,6 +198,7 @@ class EvaluationStream:
         firsts = np.arange(len(self), dtype=np.int64) * self.batch_size
         return (firsts[:, None] + np.array(self._rows)).reshape(-1)
 
+    @as_written
     def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
         side = self.preprocessing.evaluation_side
         return {
@@ -209,7 +214,9 @@ def example_files(index: ExampleIndex, example_ids: np.ndarray) -> tf.data.Datas
     reader = example_reader(index)
     rows = example_rows(reader, example_ids)
     return rows.map(
-        lambda row, stored: reader.jpeg(stored), num_parallel_calls=_threads(), deterministic=True
+        as_written(lambda row, stored: reader.jpeg(stored)),
+        num_parallel_calls=_threads(),
+        deterministic=True,
     )
 
 

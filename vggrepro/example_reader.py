@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.example_index import ExampleIndex, RecordTable
+from vggrepro.graph_functions import as_written
 from vggrepro.storage import read_bytes
 
 Rows = dict[str, tf.Tensor]
@@ -28,6 +29,7 @@ class FileReader:
             self._labels = tf.constant(index.labels)
             self._paths = tf.constant([index.location(i) for i in range(len(index))])
 
+    @as_written
     def look_up(self, example_ids: tf.Tensor) -> Plan:
         """The rows of these examples (int64 [b]), and their places for `rows`."""
         row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
@@ -35,7 +37,7 @@ class FileReader:
 
     def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
         """Plans taken apart: a row and what `jpeg` needs for it at a time, in order."""
-        return plans.map(lambda row, places: (row, *places)).unbatch()
+        return plans.map(as_written(lambda row, places: (row, *places))).unbatch()
 
     def jpeg(self, path: tf.Tensor) -> tf.Tensor:
         """The bytes of one example, scalar string."""
@@ -52,6 +54,7 @@ class RecordReader:
             self._shard = tf.constant(records.shard)
             self._offset = tf.constant(records.offset)
 
+    @as_written
     def look_up(self, example_ids: tf.Tensor) -> Plan:
         """As `FileReader.look_up`."""
         row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
@@ -79,10 +82,11 @@ class RecordReader:
         return data
 
 
+@as_written
 def _rows_with_records(row: Rows, places: tuple[tf.Tensor, ...]) -> tf.data.Dataset:
     # Functions cost more than records: one call a record, to open it, and no other.
     records = tf.data.Dataset.from_tensor_slices(places).flat_map(
-        lambda file, offset: record_dataset(file, offset).take(1)
+        as_written(lambda file, offset: record_dataset(file, offset).take(1))
     )
     # A shard that was cut off would give fewer, and rows the images of others.
     records = records.apply(tf.data.experimental.assert_cardinality(tf.size(places[0], tf.int64)))
@@ -139,7 +143,7 @@ def stored_records(file: str, offset: int, buffer: int = 0) -> Iterator[bytes]:
     """
     start = tf.data.Dataset.from_tensors((file, tf.constant(offset, tf.int64)))
     # Inside a function: TensorFlow 2.21 loses the offsets of an outermost dataset.
-    records = start.flat_map(lambda name, place: record_dataset(name, place, buffer))
+    records = start.flat_map(as_written(lambda name, place: record_dataset(name, place, buffer)))
     return iter(records.as_numpy_iterator())
 
 

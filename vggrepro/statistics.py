@@ -23,6 +23,7 @@ from diagnostics.errors import InputError
 from vggrepro.dataset import example_files
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
+from vggrepro.graph_functions import as_written
 
 Matrix = tuple[tuple[float, float, float], ...]
 
@@ -117,6 +118,7 @@ def _moments_dataset(index: ExampleIndex, example_ids: np.ndarray) -> Any:
     return images.batch(256).prefetch(1).as_numpy_iterator()
 
 
+@as_written
 def _image_moments(jpeg: tf.Tensor) -> tf.Tensor:
     pixels = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
     values = tf.cast(tf.reshape(pixels, [-1, 3]), tf.float64)  # integers stay exact below 2^53

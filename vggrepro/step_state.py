@@ -133,6 +133,9 @@ def compiled_part(config: TrainConfig) -> TrainConfig:
         data="",
         steps=1,
         steps_per_loop=1,
+        eval_every=0,
+        checkpoint_every=1,
+        keep_checkpoints=1,
     )
 
 

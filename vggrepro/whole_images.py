@@ -18,6 +18,7 @@ from diagnostics.errors import InputError
 from vggrepro.dataset import example_files
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
+from vggrepro.graph_functions import as_written
 from vggrepro.preprocessing import Preprocessing
 
 
@@ -41,6 +42,7 @@ def unreadable(index: ExampleIndex, error: Exception) -> InputError:
     return found or InputError(f"cannot read {index.root}: {str(error).splitlines()[0][:200]}")
 
 
+@as_written
 def _stored_size(jpeg: tf.Tensor) -> tf.Tensor:
     return tf.cond(  # ImageNet holds a PNG file named .JPEG
         tf.io.is_jpeg(jpeg),
@@ -113,6 +115,7 @@ class WholeImages:
         )
         return images.prefetch(2 * threads)
 
+    @as_written
     def _image(self, jpeg: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
         """Rescaled to `target` (height, width) with the run's kernel, antialiased."""
         pixels = _decoded(jpeg)

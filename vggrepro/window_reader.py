@@ -11,6 +11,7 @@ import tensorflow as tf
 from vggrepro.config import SHUFFLE_RUN
 from vggrepro.example_index import RecordTable
 from vggrepro.example_reader import record_dataset
+from vggrepro.graph_functions import as_written
 from vggrepro.order import WindowShuffle
 
 _BUFFER = 2**20  # bytes at a time; runs lie far apart
@@ -26,7 +27,7 @@ def window_records(
     runs = _Runs(order, records)
     loaded = (
         tf.data.Dataset.range(first_window, tf.int64.max)
-        .map(lambda number: (number // windows_of_epoch, number % windows_of_epoch))
+        .map(as_written(lambda number: (number // windows_of_epoch, number % windows_of_epoch)))
         .flat_map(runs.window)
         .prefetch(1)
     )
@@ -45,6 +46,7 @@ class _Runs:
             self._shard = tf.constant(shard, tf.int64)
             self._offset = tf.constant(records.offset[by_place])
 
+    @as_written
     def window(self, epoch: tf.Tensor, window: tf.Tensor) -> tf.data.Dataset:
         """One element, string [size of the window]: its records in the order of training."""
         order = self._order
@@ -59,8 +61,11 @@ class _Runs:
         size = tf.size(places, tf.int64)
         whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
         data = runs.flat_map(self._read).apply(whole).batch(size, drop_remainder=True)
-        return data.map(lambda strings: tf.gather(strings, order.within(epochs, places) - first))
+        return data.map(
+            as_written(lambda strings: tf.gather(strings, order.within(epochs, places) - first))
+        )
 
+    @as_written
     def _read(self, place: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         """`count` records from a place on, which may go on in the next shards."""
         shards, _, counts = tf.unique_with_counts(self._shard[place : place + count], tf.int64)
@@ -70,5 +75,7 @@ class _Runs:
             (tf.gather(self._files, shards), offsets, counts)
         )
         return pieces.flat_map(
-            lambda file, offset, number: record_dataset(file, offset, _BUFFER).take(number)
+            as_written(
+                lambda file, offset, number: record_dataset(file, offset, _BUFFER).take(number)
+            )
         )
