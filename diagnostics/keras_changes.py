@@ -12,7 +12,7 @@ import numpy as np
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.keras_data_changes import data_changes
 from diagnostics.keras_names import LayerNames
-from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 from diagnostics.signals import RECURRENT
 

@@ -18,7 +18,7 @@ from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
-from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.protocol import (
     Batch,
     Change,
