@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from fault_case import Built, FaultCase, blobs, logits_loss, registering, seeded
 
