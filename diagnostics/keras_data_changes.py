@@ -12,6 +12,7 @@ from diagnostics.protocol import Batch, Change, RunFacts
 LARGE_INPUT, LARGE_TARGET = 20.0, 100.0
 DATA_CHANGES = (
     "without_examples",
+    "valid_examples",
     "finite_inputs",
     "input_scale",
     "shift_labels",
@@ -24,6 +25,12 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
     if batch is None:
         return []
     found = []
+    invalid = _invalid_rows(batch, facts.classes)
+    if invalid.any() and not invalid.all():
+        label = "without any example that is not finite"
+        if facts.classes:
+            label += f" or whose label is outside 0 to {facts.classes - 1}"
+        found.append(Change("valid_examples", facts.classes, label, rank=1))
     inputs = [a for n, a in batch.items() if n.startswith("inputs") and a.dtype.kind == "f"]
     labels = [a for n, a in batch.items() if n.startswith("labels") and a.size]
     if not all(np.isfinite(array).all() for array in inputs):
@@ -68,7 +75,11 @@ def changed_batch(batch: Batch, change: Change | None) -> Batch:
     if change is None or change.kind not in DATA_CHANGES:
         return batch
     if change.kind == "without_examples":
-        return _without(batch, change) if "example_ids" in batch else batch
+        if "example_ids" not in batch:
+            return batch
+        return _without(batch, np.isin(batch["example_ids"], np.array(change.value)))
+    if change.kind == "valid_examples":
+        return _without(batch, _invalid_rows(batch, change.value))
     part = "labels" if change.kind in ("shift_labels", "target_scale") else "inputs"
     return {
         name: _changed(array, change) if name.startswith(part) else array
@@ -86,8 +97,25 @@ def _changed(array: np.ndarray, change: Change) -> np.ndarray:
     return (array * np.float32(change.value)).astype(array.dtype)
 
 
-def _without(batch: Batch, change: Change) -> Batch:
-    bad = np.isin(batch["example_ids"], np.array(change.value))
+def _invalid_rows(batch: Batch, classes: int | None) -> np.ndarray:
+    """bool [rows]: an input, label or weight is not finite, or a class does not exist."""
+    rows = max((len(array) for array in batch.values() if array.ndim), default=0)
+    found = np.zeros(rows, bool)
+    for name, array in batch.items():
+        if array.ndim == 0 or len(array) != rows:
+            continue
+        if array.dtype.kind == "f":
+            bad = ~np.isfinite(array)
+        elif name == "labels" and classes is not None:
+            bad = (array < 0) | (array >= classes)
+        else:
+            continue
+        found |= bad.reshape(rows, -1).any(axis=1)
+    return found
+
+
+def _without(batch: Batch, bad: np.ndarray) -> Batch:
+    """Examples that stay stand in for those that go, so that shapes are the same."""
     if bad.all():
         raise InputError("every example of the batch is suspect", "Look at the data itself")
     rows = np.where(bad, np.flatnonzero(~bad)[0], np.arange(len(bad)))
@@ -109,6 +137,13 @@ def data_command(change: Change, structure: Any) -> str:
         named = zip(("x", "y", "sample_weight"), parts or [structure], strict=False)
         lines = {name: _deleted(name, part, list(value)) for name, part in named if part}
         return f"{', '.join(lines)} = {', '.join(lines.values())}"
+    if change.kind == "valid_examples":
+        classes = "" if value is None else f" & (y.reshape(len(y), -1)[:, 0] < {value})"
+        return (
+            "keep = np.isfinite(x).reshape(len(x), -1).all(1) & np.isfinite(y).reshape(len(y), -1)"
+            f".all(1){classes and ' & (y.reshape(len(y), -1)[:, 0] >= 0)'}{classes}; "
+            "x, y = x[keep], y[keep]  # before fit"
+        )
     if change.kind == "finite_inputs":
         return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
     if change.kind == "shift_labels":

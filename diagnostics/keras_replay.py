@@ -11,7 +11,7 @@ from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
-from diagnostics.keras_changes import candidates, changed_start, command, epsilon_changes
+from diagnostics.keras_changes import candidates, command, epsilon_changes
 from diagnostics.keras_data_changes import DATA_CHANGES, data_command
 from diagnostics.keras_domains import domain_changes
 from diagnostics.keras_names import StateNames
@@ -19,6 +19,7 @@ from diagnostics.keras_program import KerasProgram, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
 from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_starts import changed_start
 from diagnostics.protocol import (
     Batch,
     Change,
@@ -150,7 +151,7 @@ class KerasRun:
             step,
             suspects,
             self.batch(step),
-            bool(self._start),
+            self._start,
             bottomless(self.telemetry()),
         )
 
