@@ -14,7 +14,14 @@ from diagnostics.stall import IDLE_UPDATE, stall_signals
 
 # Causes and the kinds of change that answer them, best first.
 ANSWERS = {
-    "data": ("without_examples", "valid_examples", "finite_inputs", "input_scale", "target_scale"),
+    "data": (
+        "without_examples",
+        "valid_examples",
+        "usual_examples",
+        "finite_inputs",
+        "input_scale",
+        "target_scale",
+    ),
     "labels": ("without_examples", "valid_examples", "shift_labels", "target_scale"),
     "init": ("init", "init_scale"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ from diagnostics.errors import InputError
 from diagnostics.protocol import Batch, Change, RunFacts
 
 LARGE_INPUT, LARGE_TARGET = 20.0, 100.0
+OUTLIER = 1e3  # times the size of the median example
 DATA_CHANGES = (
     "without_examples",
     "valid_examples",
+    "usual_examples",
     "finite_inputs",
     "input_scale",
     "shift_labels",
@@ -50,6 +53,31 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
     return found
 
 
+def outlier_changes(batches: Iterable[Batch]) -> list[Change]:
+    """Leaving out examples of quite another size, where one of these batches holds such."""
+    if not any(_outliers(batch, OUTLIER).any() for batch in batches):
+        return []
+    label = f"without examples {OUTLIER:g} times as large as others"
+    return [Change("usual_examples", OUTLIER, label, rank=1)]
+
+
+def _outliers(batch: Batch, times: float) -> np.ndarray:
+    """bool [rows]: a floating-point input is so many times as large as that of the median row."""
+    found = np.zeros(_rows(batch), bool)
+    for name, array in batch.items():
+        if not (name.startswith("inputs") and array.dtype.kind == "f" and array.ndim):
+            continue
+        if len(array) == len(found):
+            sizes = np.abs(array.reshape(len(array), -1)).max(axis=1, initial=0.0)
+            usual = float(np.median(sizes))
+            found |= sizes > times * usual if usual > 0 else False
+    return found
+
+
+def _rows(batch: Batch) -> int:
+    return max((len(array) for array in batch.values() if array.ndim), default=0)
+
+
 def input_divisor(inputs: list[np.ndarray]) -> float | None:
     """What large inputs should be divided by: 255 for grey levels, else their RMS."""
     for array in inputs:
@@ -80,6 +108,8 @@ def changed_batch(batch: Batch, change: Change | None) -> Batch:
         return _without(batch, np.isin(batch["example_ids"], np.array(change.value)))
     if change.kind == "valid_examples":
         return _without(batch, _invalid_rows(batch, change.value))
+    if change.kind == "usual_examples":
+        return _without(batch, _outliers(batch, change.value))
     part = "labels" if change.kind in ("shift_labels", "target_scale") else "inputs"
     return {
         name: _changed(array, change) if name.startswith(part) else array
@@ -99,7 +129,7 @@ def _changed(array: np.ndarray, change: Change) -> np.ndarray:
 
 def _invalid_rows(batch: Batch, classes: int | None) -> np.ndarray:
     """bool [rows]: an input, label or weight is not finite, or a class does not exist."""
-    rows = max((len(array) for array in batch.values() if array.ndim), default=0)
+    rows = _rows(batch)
     found = np.zeros(rows, bool)
     for name, array in batch.items():
         if array.ndim == 0 or len(array) != rows:
@@ -143,6 +173,11 @@ def data_command(change: Change, structure: Any) -> str:
             "keep = np.isfinite(x).reshape(len(x), -1).all(1) & np.isfinite(y).reshape(len(y), -1)"
             f".all(1){classes and ' & (y.reshape(len(y), -1)[:, 0] >= 0)'}{classes}; "
             "x, y = x[keep], y[keep]  # before fit"
+        )
+    if change.kind == "usual_examples":
+        return (
+            "size = np.abs(x).reshape(len(x), -1).max(1); "
+            f"keep = size <= {value:g} * np.median(size); x, y = x[keep], y[keep]  # before fit"
         )
     if change.kind == "finite_inputs":
         return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"

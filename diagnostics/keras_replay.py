@@ -12,7 +12,7 @@ from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
 from diagnostics.keras_changes import candidates, command, epsilon_changes
-from diagnostics.keras_data_changes import DATA_CHANGES, data_command
+from diagnostics.keras_data_changes import DATA_CHANGES, data_command, outlier_changes
 from diagnostics.keras_domains import domain_changes
 from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
@@ -144,7 +144,7 @@ class KerasRun:
         return self._float32
 
     def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
-        return candidates(
+        found = candidates(
             self._shared.model,
             self.facts,
             self.recorded_failures(),
@@ -154,6 +154,8 @@ class KerasRun:
             self._start,
             bottomless(self.telemetry()),
         )
+        known = [self._batches[one] for one in self._batches if one <= step]
+        return [*found, *outlier_changes([*known, self.batch(step) or {}])]
 
     def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
         """Implements `diagnostics.protocol.RepairsFormulas`."""
