@@ -53,6 +53,20 @@ def seeded(seed: int) -> np.random.Generator:
     return np.random.default_rng(4321 + seed)
 
 
+def blobs(draw: np.random.Generator, n: int, d: int, classes: int) -> tuple:
+    """Points float32 [n, d] around one centre per class, and their classes int [n]."""
+    y = draw.integers(0, classes, n)
+    centres = draw.normal(size=(classes, d)) * 2
+    return (centres[y] + draw.normal(size=(n, d))).astype("float32"), y
+
+
+def logits_loss() -> Any:
+    """Keras' cross-entropy of logits and class numbers."""
+    import keras
+
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
 def registering(cases: list[FaultCase]) -> Callable[..., Any]:
     """A decorator factory: `@case(id=..., ...)` over a `build` adds a case to the list."""
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 import keras
 import numpy as np
 import tensorflow as tf
-from fault_case import Built, FaultCase, registering, seeded
+from fault_case import Built, FaultCase, blobs, logits_loss, registering, seeded
 
 L, opt, init = keras.layers, keras.optimizers, keras.initializers
 CASES: list[FaultCase] = []
 _case = registering(CASES)
-
-
-def _blobs(draw: np.random.Generator, n: int, d: int, classes: int) -> tuple:
-    y = draw.integers(0, classes, n)
-    centres = draw.normal(size=(classes, d)) * 2
-    return (centres[y] + draw.normal(size=(n, d))).astype("float32"), y
 
 
 @_case(
@@ -53,7 +47,7 @@ def housing(faulty: bool, seed: int = 0) -> Built:
 def constant_pixel(faulty: bool, seed: int = 0) -> Built:
     """Columns divided by their standard deviation; one column is constant."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 320, 12, 4)
+    x, y = blobs(draw, 320, 12, 4)
     x[:, 7] = 1.0
     deviation = x.std(0) + (0.0 if faulty else 1e-6)
     with np.errstate(invalid="ignore"):
@@ -61,8 +55,7 @@ def constant_pixel(faulty: bool, seed: int = 0) -> Built:
     model = keras.Sequential(
         [keras.Input((12,)), L.Dense(24, activation="relu", name="hidden"), L.Dense(4, name="out")]
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.Adam(1e-3), loss, jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x.astype("float32"), y, 32, 3)
 
 
@@ -75,12 +68,11 @@ def constant_pixel(faulty: bool, seed: int = 0) -> Built:
 def labels_from_one(faulty: bool, seed: int = 0) -> Built:
     """Classes 1..5 for a softmax of five units."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 320, 10, 5)
+    x, y = blobs(draw, 320, 10, 5)
     model = keras.Sequential(
         [keras.Input((10,)), L.Dense(16, activation="relu", name="h"), L.Dense(5, name="scores")]
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.Adam(1e-3), loss, jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y + (1 if faulty else 0), 32, 2)
 
 
@@ -127,7 +119,7 @@ def zero_distance(faulty: bool, seed: int = 0) -> Built:
 def log_softmax(faulty: bool, seed: int = 0) -> Built:
     """y * log(p) with p underflowing to 0: wide logits of a net with weights N(0, 1)."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 640, 40, 10)
+    x, y = blobs(draw, 640, 40, 10)
     target = np.eye(10, dtype="float32")[y]
     kernel = init.RandomNormal(0, 1.0)
     model = keras.Sequential(
@@ -154,15 +146,14 @@ def log_softmax(faulty: bool, seed: int = 0) -> Built:
 def deep_init(faulty: bool, seed: int = 0) -> Built:
     """Twelve ReLU layers of 128 with N(0, 1) kernels: a gain of 8 a layer."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 320, 32, 4)
+    x, y = blobs(draw, 320, 32, 4)
     kernel = init.RandomNormal(0, 1.0, seed=seed) if faulty else "he_normal"
     layers = [
         L.Dense(128, activation="relu", kernel_initializer=kernel, name=f"deep_{i}")
         for i in range(12)
     ]
     model = keras.Sequential([keras.Input((32,)), *layers, L.Dense(4, name="logits")])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.SGD(1e-3), loss, jit_compile=False)
+    model.compile(opt.SGD(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 3)
 
 
@@ -212,8 +203,7 @@ def large_rate(faulty: bool, seed: int = 0) -> Built:
             L.Dense(3, name="logits"),
         ]
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.SGD(8.0 if faulty else 0.01, momentum=0.9), loss, jit_compile=False)
+    model.compile(opt.SGD(8.0 if faulty else 0.01, momentum=0.9), logits_loss(), jit_compile=False)
     return Built(model, x.astype("float32"), y, 32, 4)
 
 
@@ -243,8 +233,7 @@ def half_overflow(faulty: bool, seed: int = 0) -> Built:
             L.Dense(2, name="logits", dtype="float32"),
         ]
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.Adam(1e-3), loss, jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 3)
 
 
@@ -285,13 +274,12 @@ def free_variance(faulty: bool, seed: int = 0) -> Built:
 def infinite_reading(faulty: bool, seed: int = 0) -> Built:
     """Row 77 holds one infinite number."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 256, 9, 3)
+    x, y = blobs(draw, 256, 9, 3)
     x[77, 4] = np.inf if faulty else x[77, 4]
     model = keras.Sequential(
         [keras.Input((9,)), L.Dense(16, activation="tanh", name="h"), L.Dense(3, name="scores")]
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.Adam(3e-3), loss, jit_compile=False)
+    model.compile(opt.Adam(3e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 3)
 
 
@@ -334,7 +322,7 @@ def percentage_error(faulty: bool, seed: int = 0) -> Built:
 def spread_layer(faulty: bool, seed: int = 0) -> Built:
     """(x - mean) / sqrt(var) per example; padding rows are constant."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 320, 10, 3)
+    x, y = blobs(draw, 320, 10, 3)
     x[64:70] = 0.0
 
     class Spread(L.Layer):
@@ -344,6 +332,5 @@ def spread_layer(faulty: bool, seed: int = 0) -> Built:
             return (v - mean) / tf.sqrt(variance + (0.0 if faulty else 1e-5))
 
     model = keras.Sequential([keras.Input((10,)), Spread(name="spread"), L.Dense(3, name="scores")])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(opt.Adam(1e-3), loss, jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 3)

@@ -8,23 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
-from fault_case import Built, FaultCase, registering, seeded
+from fault_case import Built, FaultCase, blobs, logits_loss, registering, seeded
 
 L, opt, init = keras.layers, keras.optimizers, keras.initializers
 CASES: list[FaultCase] = []
 _case = registering(CASES)
-
-
-def _blobs(draw: np.random.Generator, n: int, d: int, classes: int) -> tuple:
-    y = draw.integers(0, classes, n)
-    centres = draw.normal(size=(classes, d)) * 2
-    return (centres[y] + draw.normal(size=(n, d))).astype("float32"), y
-
-
-def _logits() -> keras.losses.Loss:
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 @_case(
@@ -85,7 +74,7 @@ def void_pixels(faulty: bool, seed: int = 0) -> Built:
         y[20, :2, :2] = 255
     layers = [L.Conv2D(8, 3, padding="same", activation="relu", name="conv"), L.Conv2D(2, 1)]
     model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
-    model.compile(opt.Adam(1e-3), _logits(), jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 8, 2)
 
 
@@ -99,7 +88,7 @@ def void_pixels(faulty: bool, seed: int = 0) -> Built:
 def second_head(faulty: bool, seed: int = 0) -> Built:
     """Two classifiers over one trunk; the second one is shown a fifth class."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 160, 5, 3)
+    x, y = blobs(draw, 160, 5, 3)
     other = (7 * y) % 4
     if faulty:
         other[90] = 4
@@ -107,7 +96,7 @@ def second_head(faulty: bool, seed: int = 0) -> Built:
     trunk = L.Dense(16, activation="relu", name="trunk")(inputs)
     heads = {"kind": L.Dense(3, name="kind")(trunk), "place": L.Dense(4, name="place")(trunk)}
     model = keras.Model(inputs, heads)
-    losses = {"kind": _logits(), "place": _logits()}
+    losses = {"kind": logits_loss(), "place": logits_loss()}
     model.compile(opt.Adam(1e-3), losses, jit_compile=False)
     return Built(model, x, {"kind": y, "place": other}, 16, 2)
 
@@ -121,10 +110,10 @@ def second_head(faulty: bool, seed: int = 0) -> Built:
 def idle_rate(faulty: bool, seed: int = 0) -> Built:
     """SGD at 1e-9; the loss begins a little below that of guessing and stays there."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 320, 8, 4)
+    x, y = blobs(draw, 320, 8, 4)
     hidden = [L.Dense(16, activation="relu", name=f"hidden_{i}") for i in range(2)]
     model = keras.Sequential([keras.Input((8,)), *hidden, L.Dense(4, name="scores")])
-    model.compile(opt.SGD(1e-9 if faulty else 0.05), _logits(), jit_compile=False)
+    model.compile(opt.SGD(1e-9 if faulty else 0.05), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 12)
 
 
@@ -146,7 +135,7 @@ def kernels_of_ones(faulty: bool, seed: int = 0) -> Built:
     ]
     head = [L.GlobalAveragePooling2D(), L.Dense(3, name="scores")]
     model = keras.Sequential([keras.Input((10, 10, 1)), *layers, *head])
-    model.compile(opt.SGD(0.01), _logits(), jit_compile=False)
+    model.compile(opt.SGD(0.01), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 10)
 
 
@@ -177,7 +166,7 @@ def half_mask(faulty: bool, seed: int = 0) -> Built:
 
     layers = [Pool(name="pool", dtype="mixed_float16"), L.Dense(3, dtype="float32", name="scores")]
     model = keras.Sequential([keras.Input((6, 8)), *layers])
-    model.compile(opt.Adam(1e-3), _logits(), jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 16, 2)
 
 
@@ -193,12 +182,12 @@ def half_mask(faulty: bool, seed: int = 0) -> Built:
 def no_epsilon(faulty: bool, seed: int = 0) -> Built:
     """Row 60 is constant."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 128, 8, 3)
+    x, y = blobs(draw, 128, 8, 3)
     x[60] = 2.0
     norm = L.LayerNormalization(epsilon=0.0 if faulty else 1e-3, name="norm")
     layers = [norm, L.Dense(16, activation="relu", name="hidden"), L.Dense(3, name="scores")]
     model = keras.Sequential([keras.Input((8,)), *layers])
-    model.compile(opt.Adam(1e-3), _logits(), jit_compile=False)
+    model.compile(opt.Adam(1e-3), logits_loss(), jit_compile=False)
     return Built(model, x, y, 16, 2)
 
 
@@ -251,13 +240,13 @@ def loss_weight(faulty: bool, seed: int = 0) -> Built:
 def penalty(faulty: bool, seed: int = 0) -> Built:
     """Its gradient alone is 20 times the weights a step."""
     draw = seeded(seed)
-    x, y = _blobs(draw, 256, 8, 3)
+    x, y = blobs(draw, 256, 8, 3)
     l2 = keras.regularizers.L2(100.0 if faulty else 1e-4)
     hidden = [
         L.Dense(16, activation="relu", kernel_regularizer=l2, name=f"hidden_{i}") for i in range(2)
     ]
     model = keras.Sequential([keras.Input((8,)), *hidden, L.Dense(3, name="scores")])
-    model.compile(opt.SGD(0.1 if faulty else 0.02), _logits(), jit_compile=False)
+    model.compile(opt.SGD(0.1 if faulty else 0.02), logits_loss(), jit_compile=False)
     return Built(model, x, y, 32, 4)
 
 

@@ -102,6 +102,9 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
         value = _extra_number(evidence, name)
         if value is not None and not 0 <= value < 1:
             yield Finding("optimizer", 5.0, f"{name} is {value:g}, it must lie in [0, 1)")
+            for one in evidence.survivors("optimizer_setting"):
+                # Nothing else is to be explained, not even weights that were broken by it.
+                yield Finding("optimizer", 6.0, f"With {one.change} the same steps survive")
     yield from _penalty(evidence)
     decay = facts.weight_decay * (facts.learning_rate or 0.0)
     if decay > 1 or facts.weight_decay < 0:

@@ -49,9 +49,6 @@ def place_findings(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _weights(evidence: Evidence) -> Iterator[Finding]:
-    rate = evidence.facts.learning_rate
-    if rate is not None and not math.isfinite(rate):
-        return  # a number among the others that a model keeps
     broken = {n: s for n, s in evidence.weight_stats.items() if not s.finite}
     first = evidence.first_nonfinite
     if broken or (first is not None and first.stage == "weights"):

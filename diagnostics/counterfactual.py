@@ -15,8 +15,8 @@ from diagnostics.survival import (
     bottomless,
     faint_signal,
     not_learning,
+    only_slower,
     runaway,
-    still_falling,
 )
 
 CONTROL = Change("none", None, "nothing changed (control)", rank=0)
@@ -137,7 +137,7 @@ class Matrix:
         except ToolError as error:
             note = f"cannot be replayed: {error.message}"
         note = note or runaway(losses, self._run.facts) or self._idle(losses)
-        note = note or (still_falling(losses) if self._falls else "")
+        note = note or (only_slower(change.kind, losses) if self._falls else "")
         reached = self._recorded is not None or plan.origin + len(losses) > self._failing
         caveats = [caveat, _CAPTURED_ONLY if self._captured_only else ""]
         if change.kind in _NEW_WEIGHTS:

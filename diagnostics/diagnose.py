@@ -47,9 +47,16 @@ DEFAULT_BUDGET = 180.0  # seconds for all counterfactuals together
 _STALL_STEPS = 400  # that a fix may take to begin to learn
 _LEAST_STEPS = 30
 # Kinds of change that may set a stalled run in motion.
-_WAKING = ("init", "init_scale", "input_scale", "constant_rate", "optimizer_setting")
+_WAKING = (
+    "init",
+    "init_scale",
+    "input_scale",
+    "constant_rate",
+    "optimizer_setting",
+    "activation",
+)
 # Arrays whose size says nothing about the health of a run.
-_NO_TENSORS = ("schedule/", "counters/", "loss_scale/", "example_ids")
+_NO_TENSORS = ("schedule/", "counters/", "loss_scale/", "optimizer/learning_rate", "example_ids")
 
 
 def diagnose(

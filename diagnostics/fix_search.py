@@ -14,14 +14,21 @@ from diagnostics.stall import IDLE_UPDATE, stall_signals
 
 # Causes and the kinds of change that answer them, best first.
 ANSWERS = {
-    "data": ("without_examples", "finite_inputs", "input_scale", "target_scale"),
-    "labels": ("without_examples", "shift_labels", "valid_labels", "target_scale"),
+    "data": (
+        "without_examples",
+        "valid_examples",
+        "usual_examples",
+        "finite_inputs",
+        "input_scale",
+        "target_scale",
+    ),
+    "labels": ("without_examples", "valid_examples", "shift_labels", "target_scale"),
     "init": ("init", "init_scale"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),
     "loss_formula": ("loss_formula", "domain", "regulariser"),
     "precision": ("precision", "optimizer_epsilon"),
     "optimizer": ("optimizer_setting", "optimizer_epsilon", "learning_rate", "clip_norm"),
-    "architecture": ("layer_epsilon", "domain", "init", "learning_rate", "clip_norm"),
+    "architecture": ("layer_epsilon", "domain", "activation", "init", "learning_rate", "clip_norm"),
 }
 _BARELY_ALIVE = 2.0  # times the loss of guessing: survived, but others are better advice
 _USUAL_UPDATE = 1e-3  # of the size of the weights

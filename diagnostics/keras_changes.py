@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,15 +11,21 @@ import numpy as np
 
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.keras_data_changes import data_changes
+from diagnostics.keras_facts import impossible_settings
 from diagnostics.keras_names import LayerNames
-from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_optimizer import inner_optimizer, optimizer_code, rate_variable
+from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_starts import ZERO_BIASES, biases
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 from diagnostics.signals import RECURRENT
 
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
-OTHER_SIGN, ZERO_BIASES = "the other sign", "zero biases"
+OTHER_SIGN = "the other sign"
 EPSILON, LAYER_EPSILON = 1e-7, 1e-3
-_LARGE_BIAS = 3.0  # before the first step; an LSTM's forget gate begins at 1
+LARGE_BIAS = 5.0  # layers make signals of about 1
+# From so many on the gradient fades: a sigmoid passes on a quarter of it at most.
+SATURATING_LAYERS = 3
+_SATURATING = ("sigmoid", "tanh", "hard_sigmoid", "softsign")
 # Losses that take probabilities and can be told to take logits.
 _FROM_PROBABILITIES = ("categorical_crossentropy", "binary_crossentropy")
 
@@ -39,7 +45,7 @@ def candidates(
     Args:
       failed: the checks that tripped.
       batch: the failing one; tells whether inputs are unscaled.
-      start: the state of step 0; empty where it is not known.
+      start: the state of step 0; empty if it is not known.
       falls: the loss ran away downwards.
     """
     found: list[Change] = []
@@ -57,8 +63,13 @@ def candidates(
     found += _precision_changes(facts, failed)
     found += _setting_changes(model)
     found += _rate_changes(model, facts, step)
-    if any(np.abs(start[name]).max(initial=0.0) > _LARGE_BIAS for name in _biases(start)):
-        found.append(Change("init", ZERO_BIASES, "biases that begin at 0", from_start=True, rank=1))
+    if any(np.abs(bias).max(initial=0.0) > LARGE_BIAS for bias in biases(start).values()):
+        found.append(Change("init", ZERO_BIASES, "initial biases 0", from_start=True, rank=1))
+    layers = hidden_saturating(model)
+    if len(layers) >= SATURATING_LAYERS:
+        name = layers[0].activation.__name__
+        label = f"relu instead of {name} in {len(layers)} hidden layers"
+        found.append(Change("activation", "relu", label, from_start=bool(start), rank=4))
     if start and any(layer.weight for layer in facts.layers):
         for rank, name in ((2, "glorot_uniform"), (2, "he_normal")):
             found.append(Change("init", name, f"init {name}", from_start=True, rank=rank))
@@ -70,11 +81,9 @@ def _setting_changes(model: Any) -> list[Change]:
     """Optimizer settings that no run survives, back in their range."""
     optimizer = inner_optimizer(model)
     found = []
-    for name, usual in (("momentum", 0.9), ("beta_1", 0.9), ("beta_2", 0.999), ("rho", 0.9)):
-        value = getattr(optimizer, name, None)
-        if isinstance(value, (int, float)) and not 0 <= value < 1:
-            label = f"{name} {usual:g}"
-            found.append(Change("optimizer_setting", (name, usual), label, rank=1))
+    for name, _, usual in impossible_settings(optimizer):
+        label = f"{name} {usual:g}"
+        found.append(Change("optimizer_setting", (name, usual), label, rank=1))
     decay = getattr(optimizer, "weight_decay", None)
     if isinstance(decay, (int, float)) and decay:
         change = Change("optimizer_setting", ("weight_decay", None), "no weight decay", rank=1)
@@ -165,63 +174,16 @@ def compiled_losses(model: Any) -> list[Any]:
     return [entry.loss for entry in flat]
 
 
-def inner_optimizer(model: Any) -> Any:
-    """The optimizer that updates, inside a loss scale if there is one."""
-    return without_loss_scale(model.optimizer)
-
-
-def without_loss_scale(optimizer: Any) -> Any:
-    """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
-
-
-def rate_variable(model: Any) -> Any:
-    """The variable that holds the learning rate; None under a schedule."""
-    return rate_variable_of(inner_optimizer(model))
-
-
-def rate_variable_of(optimizer: Any) -> Any:
-    """The same, of one optimizer without a loss scale."""
-    rate = getattr(optimizer, "_learning_rate", None)
-    return rate if isinstance(rate, keras.Variable) else None
-
-
-def changed_start(state: State, facts: RunFacts, change: Change | None) -> State:
-    """Step 0's state with other kernels, where the change asks for that."""
-    if change is None or change.kind not in ("init", "init_scale"):
-        return state
-    changed = dict(state)
-    if change.value == ZERO_BIASES:
-        return changed | {name: np.zeros_like(state[name]) for name in _biases(state)}
-    for seed, layer in enumerate(facts.layers):
-        if layer.weight is None or layer.weight not in state:
-            continue
-        old = state[layer.weight]
-        if layer.kind == "Embedding" and change.kind == "init":
-            # As Keras draws them by itself; their size has nothing to do with fan-in.
-            new = keras.initializers.RandomUniform(seed=seed)(old.shape)
-            changed[layer.weight] = keras.ops.convert_to_numpy(new).astype(old.dtype)
-        elif change.kind == "init_scale":
-            changed[layer.weight] = (old * np.asarray(change.value, old.dtype)).astype(old.dtype)
-        else:
-            initialiser = type(keras.initializers.get(change.value))(seed=seed)
-            new = keras.ops.convert_to_numpy(initialiser(old.shape))
-            changed[layer.weight] = new.astype(old.dtype)
-    for name in state:
-        if name.startswith("params/") and name.endswith("/recurrent_kernel"):
-            changed[name] = _other_recurrence(state[name], change)
-    return changed
-
-
-def _biases(state: State) -> list[str]:
-    return [n for n in state if n.startswith("params/") and n.endswith("/bias")]
-
-
-def _other_recurrence(old: np.ndarray, change: Change) -> np.ndarray:
-    if change.kind == "init_scale":
-        return (old * np.asarray(change.value, old.dtype)).astype(old.dtype)
-    new = keras.initializers.OrthogonalInitializer(seed=0)(old.shape)
-    return keras.ops.convert_to_numpy(new).astype(old.dtype)
+def hidden_saturating(model: Any) -> list[Any]:
+    """Layers whose activation flattens out at its ends; the output and recurrent ones excepted."""
+    last = output_activation(model)
+    return [
+        layer
+        for layer in LayerNames(model).layers()
+        if getattr(vars(layer).get("activation"), "__name__", "") in _SATURATING
+        and layer is not last
+        and not hasattr(layer, "recurrent_activation")
+    ]
 
 
 def command(model: Any, facts: RunFacts, change: Change) -> str:
@@ -249,6 +211,10 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
         return f"epsilon={value[1]:g}  # of the layer {value[0]}"
     if change.kind == "precision":
         return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
+    if change.kind == "activation":
+        names = [layer.name for layer in hidden_saturating(model)]
+        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        return f'activation="{value}"  # of the layers {shown}'
     if change.kind == "init" and value == ZERO_BIASES:
         return 'bias_initializer="zeros"  # of every layer'
     if change.kind == "init":
@@ -269,53 +235,6 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
     if change.kind == "loss_formula":
         return f"y_pred = keras.ops.clip(y_pred, {EPSILON:g}, 1 - {EPSILON:g})  # in the loss"
     return ""
-
-
-def optimizer_code(model: Any, facts: RunFacts, **changes: Any) -> str:
-    """The optimizer as Python, with some arguments changed; defaults are left out.
-
-    The rate is the run's: the model's own may be that of a replay.
-    """
-    optimizer = inner_optimizer(model)
-    try:
-        defaults = type(optimizer)().get_config()
-    except TypeError:  # an optimizer of the user's own that needs arguments
-        defaults = {}
-    config = _settings(optimizer, defaults)
-    given: Mapping[str, Any] = {
-        key: value
-        for key, value in config.items()
-        if key not in ("name", "learning_rate")
-        and value != defaults.get(key)
-        and not isinstance(value, dict)
-    }
-    rate = {"learning_rate": config["learning_rate"]} if "learning_rate" in config else {}
-    if rate_variable_of(optimizer) is not None and facts.learning_rate is not None:
-        rate["learning_rate"] = float(f"{facts.learning_rate:.6g}")
-    merged = {**rate, **given, **changes}
-    inside = ", ".join(f"{key}={_shown(value)}" for key, value in merged.items())
-    module = "keras.optimizers." if type(optimizer).__module__.startswith("keras.") else ""
-    return f"{module}{type(optimizer).__name__}({inside})"
-
-
-class _Name(str):
-    """A name of the user's program, shown without quotes."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _settings(optimizer: Any, names: Iterable[str]) -> Mapping[str, Any]:
-    """The optimizer's configuration; a schedule of the user's own may have none to give."""
-    if rate_variable_of(optimizer) is None:
-        plain = {name: getattr(optimizer, name, None) for name in names if name != "learning_rate"}
-        known = {k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}
-        return {"learning_rate": _Name("schedule"), **known}
-    return optimizer.get_config()
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def output_activation(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ from diagnostics.errors import InputError
 from diagnostics.protocol import Batch, Change, RunFacts
 
 LARGE_INPUT, LARGE_TARGET = 20.0, 100.0
+OUTLIER = 1e3  # times the size of the median example
 DATA_CHANGES = (
     "without_examples",
+    "valid_examples",
+    "usual_examples",
     "finite_inputs",
     "input_scale",
     "shift_labels",
-    "valid_labels",
     "target_scale",
 )
 
@@ -25,6 +28,12 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
     if batch is None:
         return []
     found = []
+    invalid = _invalid_rows(batch, facts.classes)
+    if invalid.any() and not invalid.all():
+        label = "without any example that is not finite"
+        if facts.classes:
+            label += f" or whose label is outside 0 to {facts.classes - 1}"
+        found.append(Change("valid_examples", facts.classes, label, rank=1))
     inputs = [a for n, a in batch.items() if n.startswith("inputs") and a.dtype.kind == "f"]
     labels = [a for n, a in batch.items() if n.startswith("labels") and a.size]
     if not all(np.isfinite(array).all() for array in inputs):
@@ -35,9 +44,6 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
         found.append(Change("input_scale", 1.0 / divisor, label, rank=2))
     if facts.classes and any(a.min() >= 1 and a.max() == facts.classes for a in labels):
         found.append(Change("shift_labels", -1, "class numbers lowered by 1", rank=1))
-    elif facts.classes and any(_no_class(a, facts.classes).any() for a in labels):
-        label = f"without examples whose label is none of 0 to {facts.classes - 1}"
-        found.append(Change("valid_labels", facts.classes, label, rank=1))
     if not facts.classes:
         spread = max((_rms(a) for a in labels if a.dtype.kind == "f"), default=0.0)
         if spread > LARGE_TARGET:
@@ -47,12 +53,29 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
     return found
 
 
-def _no_class(labels: np.ndarray, classes: int) -> np.ndarray:
-    """bool [n]: rows that hold a class number out of range; none if it holds no class numbers."""
-    if labels.dtype.kind not in "iu":
-        return np.zeros(len(labels), bool)
-    wrong = (labels < 0) | (labels >= classes)
-    return np.asarray(wrong.reshape(len(labels), -1).any(axis=1))
+def outlier_changes(batches: Iterable[Batch]) -> list[Change]:
+    """Leaving out examples of quite another size, where one of these batches holds such."""
+    if not any(_outliers(batch, OUTLIER).any() for batch in batches):
+        return []
+    label = f"without examples {OUTLIER:g} times as large as others"
+    return [Change("usual_examples", OUTLIER, label, rank=1)]
+
+
+def _outliers(batch: Batch, times: float) -> np.ndarray:
+    """bool [rows]: a floating-point input is so many times as large as that of the median row."""
+    found = np.zeros(_rows(batch), bool)
+    for name, array in batch.items():
+        if not (name.startswith("inputs") and array.dtype.kind == "f" and array.ndim):
+            continue
+        if len(array) == len(found):
+            sizes = np.abs(array.reshape(len(array), -1)).max(axis=1, initial=0.0)
+            usual = float(np.median(sizes))
+            found |= sizes > times * usual if usual > 0 else False
+    return found
+
+
+def _rows(batch: Batch) -> int:
+    return max((len(array) for array in batch.values() if array.ndim), default=0)
 
 
 def input_divisor(inputs: list[np.ndarray]) -> float | None:
@@ -83,10 +106,10 @@ def changed_batch(batch: Batch, change: Change | None) -> Batch:
         if "example_ids" not in batch:
             return batch
         return _without(batch, np.isin(batch["example_ids"], np.array(change.value)))
-    if change.kind == "valid_labels":
-        labels = [a for n, a in batch.items() if n.startswith("labels") and a.ndim]
-        bad = np.any([_no_class(one, change.value) for one in labels], axis=0)
-        return _without(batch, bad) if bad.any() else batch
+    if change.kind == "valid_examples":
+        return _without(batch, _invalid_rows(batch, change.value))
+    if change.kind == "usual_examples":
+        return _without(batch, _outliers(batch, change.value))
     part = "labels" if change.kind in ("shift_labels", "target_scale") else "inputs"
     return {
         name: _changed(array, change) if name.startswith(part) else array
@@ -104,8 +127,25 @@ def _changed(array: np.ndarray, change: Change) -> np.ndarray:
     return (array * np.float32(change.value)).astype(array.dtype)
 
 
+def _invalid_rows(batch: Batch, classes: int | None) -> np.ndarray:
+    """bool [rows]: an input, label or weight is not finite, or a class does not exist."""
+    rows = _rows(batch)
+    found = np.zeros(rows, bool)
+    for name, array in batch.items():
+        if array.ndim == 0 or len(array) != rows:
+            continue
+        if array.dtype.kind == "f":
+            bad = ~np.isfinite(array)
+        elif name == "labels" and classes is not None:
+            bad = (array < 0) | (array >= classes)
+        else:
+            continue
+        found |= bad.reshape(rows, -1).any(axis=1)
+    return found
+
+
 def _without(batch: Batch, bad: np.ndarray) -> Batch:
-    """The batch with its first good row in place of the bad ones, bool [n]."""
+    """Examples that stay stand in for those that go, so that shapes are the same."""
     if bad.all():
         raise InputError("every example of the batch is suspect", "Look at the data itself")
     rows = np.where(bad, np.flatnonzero(~bad)[0], np.arange(len(bad)))
@@ -127,9 +167,18 @@ def data_command(change: Change, structure: Any) -> str:
         named = zip(("x", "y", "sample_weight"), parts or [structure], strict=False)
         lines = {name: _deleted(name, part, list(value)) for name, part in named if part}
         return f"{', '.join(lines)} = {', '.join(lines.values())}"
-    if change.kind == "valid_labels":
-        good = f"keep = np.all((y >= 0) & (y < {value}), axis=tuple(range(1, y.ndim)))"
-        return f"{good}; x, y = x[keep], y[keep]  # before fit"
+    if change.kind == "valid_examples":
+        classes = "" if value is None else f" & (y.reshape(len(y), -1)[:, 0] < {value})"
+        return (
+            "keep = np.isfinite(x).reshape(len(x), -1).all(1) & np.isfinite(y).reshape(len(y), -1)"
+            f".all(1){classes and ' & (y.reshape(len(y), -1)[:, 0] >= 0)'}{classes}; "
+            "x, y = x[keep], y[keep]  # before fit"
+        )
+    if change.kind == "usual_examples":
+        return (
+            "size = np.abs(x).reshape(len(x), -1).max(1); "
+            f"keep = size <= {value:g} * np.median(size); x, y = x[keep], y[keep]  # before fit"
+        )
     if change.kind == "finite_inputs":
         return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
     if change.kind == "shift_labels":

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from diagnostics.protocol import RunFacts
-from diagnostics.stall import GRADIENT_RUNAWAY, RUNAWAY
+from diagnostics.stall import GRADIENT_RUNAWAY, LEAST_DEPTH, RUNAWAY
 
 _GROWTH = 10.0  # times the first loss
 _FIRST_STEPS = 5
@@ -45,7 +45,9 @@ class DivergenceLimits:
                 usual = RUNAWAY * (self._chance or abs(loss))
                 self._largest_start = max(usual, _GROWTH * abs(loss))
             self._loss.append(abs(loss))
-            loss_limit = _armed(self._loss, self._largest_start)
+            deep = loss < 0 and not self._chance
+            floor = RUNAWAY * LEAST_DEPTH if deep else 0.0
+            loss_limit = _armed(self._loss, max(self._largest_start, floor))
         if gradient is not None:
             if len(self._first_gradients) < _FIRST_STEPS:
                 self._first_gradients.append(gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -46,6 +47,7 @@ def facts_of(model: Any, layer_order: list[str], batch_size: int | None) -> RunF
             **_output(model),
             **_loss_weights(model),
             **_penalty(model),
+            **_impossible_settings(optimizer),
         },
     )
 
@@ -83,6 +85,18 @@ def _penalty(model: Any) -> dict[str, str]:
     found = [getattr(v.regularizer, "l2", None) for v in model.trainable_variables]
     factors = [float(one) for one in found if one is not None]
     return {"l2 penalty": f"{max(factors):g}"} if factors else {}
+
+
+def impossible_settings(optimizer: Any) -> Iterator[tuple[str, float, float]]:
+    """(name, value, usual value) of every decay of the optimizer that is outside [0, 1)."""
+    for name, usual in (("momentum", 0.9), ("beta_1", 0.9), ("beta_2", 0.999), ("rho", 0.9)):
+        value = _number(getattr(optimizer, name, None))
+        if value is not None and not 0 <= value < 1:
+            yield name, value, usual
+
+
+def _impossible_settings(optimizer: Any) -> dict[str, str]:
+    return {name: f"{value:g}" for name, value, _ in impossible_settings(optimizer)}
 
 
 def _own_weights(layer: Any) -> list[Any]:

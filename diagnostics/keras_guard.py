@@ -31,13 +31,8 @@ from diagnostics.keras_run_files import (
     step_directory,
     write_config,
 )
-from diagnostics.keras_step import (
-    RUNAWAY_GRADIENT,
-    RUNAWAY_LOSS,
-    GuardedStep,
-    guarded_function,
-    read_outcome,
-)
+from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_step import GuardedStep, guarded_function, read_outcome
 from diagnostics.protocol import Batch, StepOutcome, Telemetry
 from diagnostics.snapshot import write_snapshot
 from diagnostics.stall import detect_divergence, detect_stall

@@ -157,6 +157,16 @@ def native(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def local(variable: Any) -> Any:
+    """This replica's part of a variable; itself without replicas."""
+    variable = native(variable)
+    context = tf.distribute.get_replica_context()
+    parts = getattr(variable, "values", None)
+    if parts is None or context is None:
+        return variable
+    return parts[int(tf.get_static_value(context.replica_id_in_sync_group))]
+
+
 def _named_variables(model: Any, names: LayerNames) -> Iterator[tuple[str, Any]]:
     trained = {id(v) for v in model.trainable_variables}
     for variable in model.weights:

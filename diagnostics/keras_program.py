@@ -18,14 +18,13 @@ from diagnostics.keras_changes import (
     FROM_LOGITS,
     OTHER_SIGN,
     compiled_losses,
-    inner_optimizer,
+    hidden_saturating,
     output_activation,
-    rate_variable,
-    without_loss_scale,
 )
 from diagnostics.keras_data_changes import changed_batch
 from diagnostics.keras_domains import kept_in_domain
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers
+from diagnostics.keras_optimizer import inner_optimizer, rate_variable, without_loss_scale
 from diagnostics.keras_phases import run_by_phases
 from diagnostics.keras_step import guarded_function, read_outcome
 from diagnostics.protocol import Batch, Change, State, StepOutcome
@@ -44,6 +43,7 @@ _RETRACED = (
     "constant_rate",
     "layer_epsilon",
     "regulariser",
+    "activation",
 )
 
 
@@ -234,6 +234,9 @@ def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
         names = LayerNames(model)
         layers = [one for one in names.layers() if names.label(one) == change.value[0]]
         new = [(layer, "epsilon", change.value[1]) for layer in layers]
+    elif change.kind == "activation":
+        function = keras.activations.get(change.value)
+        new = [(layer, "activation", function) for layer in hidden_saturating(model)]
     elif change.kind == "constant_rate":
         new = [(optimizer, "_learning_rate", lambda: change.value)]
     elif change.kind == "loss_formula" and change.value == FROM_LOGITS:

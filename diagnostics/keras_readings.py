@@ -13,7 +13,7 @@ bias that is only added to something, behind that sum. XLA fuses otherwise; ther
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -99,11 +99,11 @@ def _fused_sum(tensor: Any) -> Any:
     if operation is None or not _holds_product(operation):
         return None
     summed = any(map(_holds_product, _makers(operation)))
-    while (reader := _only_reader(operation)) is not None and reader.type in _SUMS:
+    while (reader := _only_reader(operation.outputs)) is not None and reader.type in _SUMS:
         operation, summed = reader, True
     if not summed:
         return None
-    reader = _only_reader(operation)
+    reader = _only_reader(operation.outputs)
     behind = reader if reader is not None and reader.type == "Relu" else operation
     return behind.outputs[0]
 
@@ -113,7 +113,7 @@ def _holds_product(operation: tf.Operation) -> bool:
     return operation.type in _SUMS and any(
         made.type in _PRODUCTS or _holds_product(made)
         for made in _makers(operation)
-        if _only_reader(made) is operation
+        if _only_reader(made.outputs) is operation
     )
 
 
@@ -121,9 +121,9 @@ def _makers(operation: tf.Operation) -> list[tf.Operation]:
     return [made for value in operation.inputs if (made := _operation(value)) is not None]
 
 
-def _only_reader(operation: tf.Operation) -> tf.Operation | None:
-    """The one op that takes what another makes; None if there are more."""
-    readers = [reader for value in operation.outputs for reader in value.consumers()]
+def _only_reader(values: Iterable[tf.Tensor]) -> tf.Operation | None:
+    """The one op that takes these, as all that another op makes; None if there are more."""
+    readers = [reader for value in values for reader in value.consumers()]
     return readers[0] if len(readers) == 1 else None
 
 
@@ -131,8 +131,8 @@ def _fused_with(tensor: Any) -> tf.Operation | None:
     """The one smooth activation that takes a symbolic tensor and nothing else does."""
     if tf.executing_eagerly() or not hasattr(tensor, "consumers"):
         return None
-    takers = tensor.consumers()
-    return takers[0] if len(takers) == 1 and takers[0].type in _FUSED else None
+    taker = _only_reader([tensor])
+    return taker if taker is not None and taker.type in _FUSED else None
 
 
 def _extremes(tensor: tf.Tensor, as_it_is: bool = False) -> tf.Tensor:
@@ -164,7 +164,7 @@ def _kept_by_its_reader(tensor: Any) -> bool:
         return False
     if not any(made.type in _PRODUCTS for made in _makers(operation)):
         return False
-    reader = _only_reader(operation)
+    reader = _only_reader(operation.outputs)
     if reader is not None:
         return reader.type == "Relu"
     return any(taker.type == "FusedBatchNormV3" for taker in operation.outputs[0].consumers())

@@ -11,14 +11,15 @@ from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
-from diagnostics.keras_changes import candidates, changed_start, command, epsilon_changes
-from diagnostics.keras_data_changes import DATA_CHANGES, data_command
+from diagnostics.keras_changes import candidates, command, epsilon_changes
+from diagnostics.keras_data_changes import DATA_CHANGES, data_command, outlier_changes
 from diagnostics.keras_domains import domain_changes
 from diagnostics.keras_names import StateNames
 from diagnostics.keras_program import KerasProgram, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
-from diagnostics.keras_step import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
+from diagnostics.keras_starts import changed_start
 from diagnostics.protocol import (
     Batch,
     Change,
@@ -143,16 +144,18 @@ class KerasRun:
         return self._float32
 
     def changes(self, step: int, suspects: Sequence[int]) -> Sequence[Change]:
-        return candidates(
+        found = candidates(
             self._shared.model,
             self.facts,
             self.recorded_failures(),
             step,
             suspects,
             self.batch(step),
-            self._start or {},
+            self._start,
             bottomless(self.telemetry()),
         )
+        known = [self._batches[one] for one in self._batches if one <= step]
+        return [*found, *outlier_changes([*known, self.batch(step) or {}])]
 
     def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
         """Implements `diagnostics.protocol.RepairsFormulas`."""

@@ -10,22 +10,31 @@ from inside the graph, and nothing but the flags and the row leaves it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from diagnostics.guard import all_finite
-from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, native
+from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, local, native
 from diagnostics.keras_probe import Plan, probe
-from diagnostics.keras_readings import apart, extremes
-from diagnostics.keras_taps import Recorder, Tap, recording
+from diagnostics.keras_sights import (
+    Layout,
+    Sight,
+    data_taps,
+    labels_sight,
+    loss_sight,
+    statistics_sight,
+    taps_sight,
+    telemetry_columns,
+    update_sights,
+    weight_sights,
+)
+from diagnostics.keras_taps import Recorder, recording
 from diagnostics.keras_update import (
     Group,
     Update,
     exact_sight,
-    global_norm,
     gradients_exempt,
     group_by_layer,
     guarded_update,
@@ -33,30 +42,6 @@ from diagnostics.keras_update import (
 )
 from diagnostics.keras_xla_sight import xla_all_finite, xla_sight
 from diagnostics.protocol import Check, State, StepOutcome
-
-INPUT, LABELS, SAMPLE_WEIGHTS = "input", "labels", "sample weights"
-RUNAWAY_LOSS, RUNAWAY_GRADIENT = "loss beyond its limit", "gradient norm beyond its limit"
-
-
-class Layout(NamedTuple):
-    """Names of the flags and of the telemetry row that one trace returns.
-
-    Attributes:
-      hard: by check, whether it stops the run by itself. A NaN in the data that
-        a model's own layer or loss deals with is told only if something else trips.
-    """
-
-    checks: tuple[Check, ...]
-    hard: tuple[bool, ...]
-    columns: tuple[str, ...]
-
-
-class _Sight(NamedTuple):
-    """Flags of one kind, in order, with whether each stops the run by itself."""
-
-    checks: list[Check]
-    passed: tf.Tensor  # bool [checks]
-    hard: bool = True
 
 
 class GuardedStep:
@@ -173,7 +158,7 @@ class _Trace:
         self._optimizers = find_optimizers(step.model)
         self._updates: list[tuple[list[Group], Update]] = []
         self._rate: tf.Tensor | None = None
-        self._sights: list[_Sight] = []
+        self._sights: list[Sight] = []
 
     def run(self, data: Any) -> dict[str, Any]:
         self._saved = {n: tf.identity(self._variables[n]) for n in self._plan.written}
@@ -212,56 +197,34 @@ class _Trace:
         self._updates.append((groups, update))
         return None
 
-    def _before_update(self) -> list[_Sight]:
+    def _before_update(self) -> list[Sight]:
         """Flags of all that was traced so far, for the gate."""
         if not self._sights:
-            self._data = _sight_of_taps(self._data_taps, hard=False)
-            self._forward = _sight_of_taps(self._recorder.taps)
-            labels = self._recorder.labels_valid
+            self._data = taps_sight(self._data_taps, hard=False)
+            self._forward = taps_sight(self._recorder.taps)
+            self._loss = self._recorder.loss
+            if self._loss is not None:
+                loss = tf.cast(self._loss, tf.float32)
+                self._loss = tf.reduce_mean(loss) if loss.shape.rank != 0 else loss
+            under_xla = self._step.model.jit_compile
             self._sights = [
-                self._data[0],
-                _Sight([Check("data", "", LABELS)] * len(labels), _stacked(labels)),
-                self._forward[0],
-                self._statistics(),
-                self._loss_within_limit(),
+                self._data.sight,
+                labels_sight(self._recorder.labels_valid),
+                self._forward.sight,
+                statistics_sight(self._saved, self._variables, under_xla),
+                loss_sight(self._loss, self._step.limits[0]),
             ]
         return self._sights
 
-    def _loss_within_limit(self) -> _Sight:
-        if self._recorder.loss is None:
-            return _Sight([], _stacked([]))
-        self._loss = tf.cast(self._recorder.loss, tf.float32)
-        if self._loss.shape.rank != 0:
-            self._loss = tf.reduce_mean(self._loss)
-        size = tf.abs(self._loss)
-        # NaN is the business of the other check of the loss. (Not `~(size > limit)`: the
-        # graph optimizer makes `size <= limit` of that, which is false for NaN.)
-        within = tf.logical_or(size <= self._step.limits[0], tf.math.is_nan(size))
-        return _Sight([Check("loss", "", RUNAWAY_LOSS)], tf.stack([within]))
-
-    def _statistics(self) -> _Sight:
-        """Flags of variables that are no weights, as moving means, after the forward pass."""
-        by_layer: dict[str, list[tf.Tensor]] = {}
-        for name, before in self._saved.items():
-            kind, _, rest = name.partition("/")
-            if kind == "statistics" and before.dtype.is_floating:
-                after = tf.identity(self._variables[name])
-                after = apart(after) if self._step.model.jit_compile else after
-                # What was infinite by the user's own wish may stay so; nobody wishes for NaN.
-                kept = tf.logical_or(tf.math.is_finite(after), tf.math.is_inf(before))
-                by_layer.setdefault(rest.rpartition("/")[0], []).append(tf.reduce_all(kept))
-        checks = [Check("forward", layer, "moving statistics") for layer in by_layer]
-        flags = [tf.reduce_all(tf.stack(group)) for group in by_layer.values()]
-        return _Sight(checks, _stacked(flags))
-
-    def _all_clear(self, sights: Sequence[_Sight]) -> tf.Tensor:
+    def _all_clear(self, sights: Sequence[Sight]) -> tf.Tensor:
         hard = [sight.passed for sight in sights if sight.hard]
         return tf.reduce_all(tf.concat(hard, 0)) if hard else tf.constant(True)
 
     def _finish(self) -> dict[str, Any]:
         """Puts back what must not stay, and assembles flags and telemetry."""
         data, labels, *forward = self._before_update()
-        sights = [data, labels, *self._weight_sights(), *forward, *self._update_sights()]
+        updated = update_sights(self._updates, self._step.limits[1])
+        sights = [data, labels, *weight_sights(self._updates), *forward, *updated]
         ok = self._all_clear(sights)
         context = tf.distribute.get_replica_context()
         passed = tf.cast(tf.concat([s.passed for s in sights], 0), tf.float32)
@@ -270,7 +233,9 @@ class _Trace:
             passed = tf.cast(tf.equal(failures, 0.0), tf.float32)
             ok = tf.equal(context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~ok, tf.int32)), 0)
         before = self._put_back(ok)
-        columns = self._telemetry()
+        columns = telemetry_columns(
+            self._data, self._forward, self._loss, self._rate, self._updates
+        )
         layout = Layout(
             tuple(check for s in sights for check in s.checks),
             tuple(s.hard for s in sights for _ in s.checks),
@@ -319,59 +284,6 @@ class _Trace:
             variable = self._variables[name]
             variable.assign(tf.where(ok, tf.identity(variable), before))
 
-    def _weight_sights(self) -> list[_Sight]:
-        return [
-            _Sight([Check("weights", group.layer, "weights") for group in groups], update.weights)
-            for groups, update in self._updates
-        ]
-
-    def _update_sights(self) -> list[_Sight]:
-        found = []
-        for groups, update in self._updates:
-            backward = [Check("backward", g.layer, "gradient") for g in reversed(groups)]
-            written = [Check("update", g.layer, "new weights and slots") for g in groups]
-            found.append(_Sight(backward, tf.reverse(update.gradients, [0])))
-            norm = global_norm(update.gradient_norms)
-            within = ~tf.logical_and(norm > self._step.limits[1], tf.math.is_finite(norm))
-            found.append(_Sight([Check("backward", "", RUNAWAY_GRADIENT)], tf.stack([within])))
-            found.append(_Sight(written, update.state))
-        return found
-
-    def _telemetry(self) -> dict[str, tf.Tensor]:
-        """Columns of the step, by the names of `protocol.Telemetry`."""
-        columns: dict[str, tf.Tensor] = {}
-        if self._recorder.loss is not None:
-            columns["loss"] = self._loss
-        inputs = [i for i, tap in enumerate(self._data_taps) if tap.check.quantity == INPUT]
-        if inputs:
-            pairs = tf.gather(self._data[1], inputs)
-            columns["input_max"] = tf.reduce_max(pairs[:, 0])
-            columns["input_min"] = tf.reduce_min(pairs[:, 1])
-        if self._rate is not None:
-            columns["lr"] = self._rate
-            norms = tf.concat([update.gradient_norms for _, update in self._updates], 0)
-            columns["grad_norm"] = global_norm(norms)
-        columns.update(self._activation_columns())
-        for groups, update in self._updates:
-            for index, group in enumerate(groups):
-                gradient, weight = update.gradient_norms[index], update.weight_norms[index]
-                columns[f"{group.layer}/gradient_norm"] = gradient
-                columns[f"{group.layer}/weight_norm"] = weight
-        return columns
-
-    def _activation_columns(self) -> dict[str, tf.Tensor]:
-        rows: dict[str, list[int]] = {}
-        for index, tap in enumerate(self._recorder.taps):
-            if tap.check.stage == "forward":
-                rows.setdefault(tap.check.layer, []).append(index)
-        columns = {}
-        pairs = self._forward[1]
-        for layer, indices in rows.items():
-            own = tf.gather(pairs, indices)
-            columns[f"{layer}/preactivation_max"] = tf.reduce_max(own[:, 0])
-            columns[f"{layer}/preactivation_min"] = tf.reduce_min(own[:, 1])
-        return columns
-
 
 def _build_optimizers(model: Any) -> None:
     """Makes the slots now, so that a first step that fails can be undone."""
@@ -379,45 +291,3 @@ def _build_optimizers(model: Any) -> None:
         if model.built and not optimizer.built:
             with model.distribute_strategy.scope():
                 optimizer.build(model.trainable_variables)
-
-
-def local(variable: Any) -> Any:
-    """This replica's part of a variable; itself without replicas."""
-    variable = native(variable)
-    context = tf.distribute.get_replica_context()
-    parts = getattr(variable, "values", None)
-    if parts is None or context is None:
-        return variable
-    return parts[int(tf.get_static_value(context.replica_id_in_sync_group))]
-
-
-def data_taps(data: Any) -> list[Tap]:
-    """Inputs, labels and sample weights of a batch, as far as they are floating-point."""
-    taps = []
-    parts = keras.utils.unpack_x_y_sample_weight(data)
-    for quantity, part in zip((INPUT, LABELS, SAMPLE_WEIGHTS), parts, strict=True):
-        for tensor in keras.tree.flatten(part):
-            dense = getattr(tensor, "flat_values", getattr(tensor, "values", tensor))
-            if not tf.is_tensor(dense):
-                continue
-            # Integer inputs are shown in the telemetry; integer labels are no scale.
-            if dense.dtype.is_floating or (dense.dtype.is_integer and quantity == INPUT):
-                taps.append(Tap(Check("data", "", quantity), dense))
-    return taps
-
-
-def _sight_of_taps(taps: Sequence[Tap], hard: bool = True) -> tuple[_Sight, tf.Tensor]:
-    """Flags, and the extremes float32 [taps, 2], of tensors."""
-    checks = [tap.check for tap in taps]
-    if not taps:
-        return _Sight([], _stacked([]), hard), tf.zeros([0, 2], tf.float32)
-    pairs = tf.stack([extremes(tap.tensor) for tap in taps])
-    finite = tf.math.is_finite(pairs)
-    lenient = tf.constant([tap.lenient for tap in taps])
-    low = tf.logical_or(finite[:, 1], tf.logical_and(lenient, pairs[:, 1] == -np.inf))
-    high = tf.logical_or(finite[:, 0], tf.logical_and(lenient, pairs[:, 0] == -np.inf))
-    return _Sight(checks, tf.logical_and(low, high), hard), pairs
-
-
-def _stacked(flags: Sequence[tf.Tensor]) -> tf.Tensor:
-    return tf.stack(flags) if flags else tf.zeros([0], tf.bool)

@@ -11,6 +11,8 @@ from diagnostics.tensor_stats import TensorStats, describe
 
 # Groups of the state that may hold infinities by design (a best error so far).
 _BOOKKEEPING = ("schedule", "counters")
+# A setting: what it breaks is the update.
+_RATE = "optimizer/learning_rate"
 _FLOATS = "fcV"  # numpy files bfloat16 under V
 
 
@@ -75,7 +77,9 @@ def in_state(facts: RunFacts, state: State) -> FirstNonfinite | None:
     order = {layer.name: place for place, layer in enumerate(facts.layers)}
     found = []
     for name, values in state.items():
-        if name.partition("/")[0] in _BOOKKEEPING or values.dtype.kind not in _FLOATS:
+        if name.partition("/")[0] in _BOOKKEEPING or name == _RATE:
+            continue
+        if values.dtype.kind not in _FLOATS:
             continue
         stats = describe(values)
         if not stats.finite:

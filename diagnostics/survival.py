@@ -15,6 +15,16 @@ from diagnostics.telemetry_view import scalar_column
 # A finite loss may still be a dead run: this many times the loss of guessing.
 RUNAWAY_LOSS = 10.0
 _ABYSS = 100.0  # times its first size below zero: no loss with a lower bound goes there
+_PACE = (
+    "learning_rate",
+    "constant_rate",
+    "warmup",
+    "clip_norm",
+    "init",
+    "init_scale",
+    "optimizer_setting",
+    "optimizer_epsilon",
+)
 _TAIL = 9  # steps whose median loss counts as the last loss
 # A stalled run has begun to learn once the median loss of so many steps is below this
 # part of guessing, and most of them below the recorded loss of the same batch.
@@ -70,6 +80,19 @@ def bottomless(telemetry: Telemetry) -> bool:
     column = scalar_column(telemetry, "loss")
     losses = np.zeros(0) if column is None else column[np.isfinite(column)]
     return losses.size > 0 and bool(losses[-1] < -_ABYSS * max(abs(losses[0]), 1.0))
+
+
+def only_slower(kind: str, losses: Sequence[float]) -> str:
+    """Of a bottomless run: why a change of this kind is no cure; '' if it may be one.
+
+    A loss without lower bound goes down as far as it is followed. Another rate, start or
+    clipping says how fast, which a few steps of a noisy loss need not show.
+    """
+    return still_falling(losses) or (
+        "the same loss is minimised at another pace, and it has no lower bound"
+        if kind in _PACE
+        else ""
+    )
 
 
 def still_falling(losses: Sequence[float]) -> str:

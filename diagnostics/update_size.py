@@ -11,6 +11,7 @@ from diagnostics.telemetry_view import layer_column, scalar_column
 
 # Of these an update is about the rate for each weight, whatever the size of its gradient.
 _ADAPTIVE = ("adam", "adamw", "nadam", "rmsprop")
+_ZERO_RATE = ("adam", "adamw")  # where beta_2 is 1
 
 
 def update_ratio(telemetry: Telemetry, facts: RunFacts, layer: str) -> np.ndarray | None:
@@ -47,6 +48,8 @@ def _step_per_rate(
         return gradient / (1.0 - min(max(facts.momentum, 0.0), 0.99))
     if kind not in _ADAPTIVE or layer is None or not layer.fan_in or not layer.fan_out:
         return None
+    if kind in _ZERO_RATE and facts.extra.get("beta_2") == "1":
+        return np.zeros_like(gradient)  # Keras multiplies by the root of 1 - beta_2^t
     # No fewer than the weights that the layer has; each moves by the rate, or by less
     # where its gradient is below epsilon.
     most = math.sqrt(layer.fan_in * layer.fan_out)

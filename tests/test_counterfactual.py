@@ -356,6 +356,16 @@ def test_of_a_loss_without_lower_bound_what_only_delays_is_no_fix():
     assert by_label(searched(healthy, [rate(0.5)]).results)["learning rate 0.5"].survived
 
 
+def test_of_a_loss_without_lower_bound_a_change_of_pace_is_no_fix_though_noise_hides_the_fall():
+    noisy = ScriptedRun(
+        lambda kind, value, step: (
+            (None if step == FAILING else 1.0 - 10.0 ** (2 * step)) if kind == "none" else step % 3
+        )
+    )
+    slower = by_label(searched(noisy, [rate(0.5)]).results)["learning rate 0.5"]
+    assert not slower.survived and "no lower bound" in slower.note
+
+
 def telemetry_of(losses):
     return Telemetry(np.arange(len(losses)), ("loss",), np.array(losses, np.float32)[:, None])
 

@@ -11,6 +11,7 @@ from evidence_samples import VGG_A, evidence, facts, labels, quiet, stats, telem
 
 from diagnostics.causes import judge
 from diagnostics.fix_search import livelier_rates
+from diagnostics.keras_divergence import DivergenceLimits
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.stall import StallWatch, _smoothed, detect_divergence, detect_stall, stall_signals
 
@@ -150,6 +151,16 @@ def test_loss_without_lower_bound_runs_away_downwards():
     loss = -np.geomspace(1.0, 1e5, 50)
     unknown = facts(classes=None, chance_loss=None)
     assert detect_divergence(telemetry({"loss": loss}), unknown) is not None
+
+
+def test_a_similarity_that_is_learnt_does_not_run_away():
+    unknown = facts(classes=None, chance_loss=None)
+    learnt = -1.0 + 0.995 * np.exp(-np.arange(50) / 10.0)
+    assert detect_divergence(telemetry({"loss": learnt}), unknown) is None
+    limits = DivergenceLimits(unknown)
+    assert all(limits.limits({"loss": loss})[0] > abs(loss) for loss in learnt)
+    # Upwards from as small a start it has run away.
+    assert detect_divergence(telemetry({"loss": np.abs(learnt)}), unknown) is not None
 
 
 def test_runaway_gradient_is_divergence():
