@@ -29,6 +29,7 @@ def stall_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _constant_weights(evidence)
     yield from _dead_layers(evidence, signals)
     yield from _saturation(evidence, signals)
+    yield from _normalised_away(evidence, signals)
     yield from _rate(evidence, signals)
     yield from setting_findings(evidence)
     yield from _constant_input(evidence)
@@ -125,6 +126,19 @@ def _saturation(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
             f"Through {len(layers)} layers of {layers[0].activation} the gradient fades: an "
             f"update changes some layer by {number(signals.update_ratio)} of its size, but "
             f"{signals.still_layer} by {number(signals.still_ratio)}",
+        )
+
+
+def _normalised_away(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
+    """Batch normalisation subtracts the batch's mean: of a single row nothing is left."""
+    normalised = [e.name for e in evidence.facts.layers if e.kind == "BatchNormalization"]
+    if evidence.facts.batch_size == 1 and normalised and signals.unreached:
+        yield Finding(
+            "architecture",
+            4.0,
+            f"{normalised[0]} normalises over a batch of one example, whose mean is the example "
+            f"itself: nothing of it is left, and the gradient of {signals.unreached[0]} is exactly "
+            "0; take larger batches, or LayerNormalization",
         )
 
 

@@ -15,7 +15,7 @@ from diagnostics.keras_facts import impossible_settings
 from diagnostics.keras_names import LayerNames
 from diagnostics.keras_optimizer import inner_optimizer, optimizer_code, rate_variable
 from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
-from diagnostics.keras_starts import ZERO_BIASES, biases
+from diagnostics.keras_starts import FINITE_WEIGHTS, ZERO_BIASES, biases, broken
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
 from diagnostics.signals import RECURRENT
 
@@ -65,6 +65,9 @@ def candidates(
     found += _rate_changes(model, facts, step)
     if any(np.abs(bias).max(initial=0.0) > LARGE_BIAS for bias in biases(start).values()):
         found.append(Change("init", ZERO_BIASES, "initial biases 0", from_start=True, rank=1))
+    if broken(start):
+        label = "initial weights that are not finite set to 0"
+        found.append(Change("init", FINITE_WEIGHTS, label, from_start=True, rank=3))
     layers = hidden_saturating(model)
     if len(layers) >= SATURATING_LAYERS:
         name = layers[0].activation.__name__
@@ -215,6 +218,11 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
         names = [layer.name for layer in hidden_saturating(model)]
         shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
         return f'activation="{value}"  # of the layers {shown}'
+    if change.kind == "init" and value == FINITE_WEIGHTS:
+        return (
+            "for v in model.trainable_variables: "
+            "v.assign(np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0))  # before fit"
+        )
     if change.kind == "init" and value == ZERO_BIASES:
         return 'bias_initializer="zeros"  # of every layer'
     if change.kind == "init":

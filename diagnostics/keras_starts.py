@@ -7,7 +7,7 @@ import numpy as np
 
 from diagnostics.protocol import Change, RunFacts, State
 
-ZERO_BIASES = "biases of zero"
+ZERO_BIASES, FINITE_WEIGHTS = "biases of zero", "finite weights"
 
 
 def changed_start(state: State, facts: RunFacts, change: Change | None) -> State:
@@ -16,6 +16,8 @@ def changed_start(state: State, facts: RunFacts, change: Change | None) -> State
         return state
     if change.value == ZERO_BIASES:
         return {**state, **{name: np.zeros_like(old) for name, old in biases(state).items()}}
+    if change.value == FINITE_WEIGHTS:
+        return {**state, **{n: np.nan_to_num(a, False, 0.0, 0.0, 0.0) for n, a in broken(state)}}
     changed = dict(state)
     for seed, layer in enumerate(facts.layers):
         if layer.weight is None or layer.weight not in state:
@@ -35,6 +37,15 @@ def changed_start(state: State, facts: RunFacts, change: Change | None) -> State
         if name.startswith("params/") and name.endswith("/recurrent_kernel"):
             changed[name] = _other_recurrence(state[name], change)
     return changed
+
+
+def broken(state: State) -> list[tuple[str, np.ndarray]]:
+    """Copies of the trainable weights that hold something that is not finite, by name."""
+    return [
+        (name, np.array(array))
+        for name, array in state.items()
+        if name.startswith("params/") and array.dtype.kind == "f" and not np.isfinite(array).all()
+    ]
 
 
 def biases(state: State) -> dict[str, np.ndarray]:

@@ -758,6 +758,25 @@ def test_zero_gradient_under_a_live_output_is_the_loss_formula():
     assert cause.kind == "loss_formula" and "nothing connects" in said(cause)
 
 
+@pytest.mark.parametrize(("rows", "named"), [(1, True), (16, False)])
+def test_batch_normalisation_of_one_row_is_the_architecture(rows, named):
+    plain = facts(MLP, batch_size=rows)
+    norm = LayerFacts("norm", "BatchNormalization")
+    known = dataclasses.replace(plain, layers=(*plain.layers, norm))
+    unreached = {"dense1/gradient_norm": np.zeros(100)}
+    cause = judge(stalled(columns=unreached, facts=known))
+    assert (cause.kind == "architecture" and "batch of one example" in said(cause)) is named
+
+
+def test_an_impossible_setting_whose_repair_survives_explains_broken_weights():
+    broken = {"params/dense1/kernel": stats(1.0, nan=4)}
+    known = facts(MLP, extra={"beta_1": "1"})
+    seen = evidence(facts=known, weight_stats=broken, first_nonfinite=first("weights", "dense1"))
+    assert judge(seen).kind == "weights"
+    mended = with_replays(seen, replay("optimizer_setting", ("beta_1", 0.9), True))
+    assert judge(mended).kind == "optimizer" and "beta_1 is 1" in said(judge(mended))
+
+
 def test_constant_input_is_the_data():
     cause = judge(stalled(batch_stats={"x": stats(0.0, 0.0), "y": labels()}))
     assert cause.kind == "data"

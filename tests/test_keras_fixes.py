@@ -7,7 +7,7 @@ from keras_models import BATCH, FEATURES, Fitted, L, compiled, data, mlp
 
 from diagnostics.keras_data_changes import changed_batch, data_changes
 from diagnostics.keras_replay import KerasRun
-from diagnostics.keras_starts import ZERO_BIASES, changed_start
+from diagnostics.keras_starts import FINITE_WEIGHTS, ZERO_BIASES, broken, changed_start
 from diagnostics.protocol import Change, RunFacts
 
 
@@ -88,6 +88,15 @@ def test_only_biases_are_changed():
     assert changed["params/a/bias"].tolist() == [0, 0]
     assert changed["params/a/kernel"] is state["params/a/kernel"]
     assert changed["slots/a/bias"] is state["slots/a/bias"]
+
+
+def test_only_what_is_not_finite_becomes_0():
+    state = {"params/a/gain": np.array([np.nan, 2.0, -np.inf]), "params/a/bias": np.ones(2)}
+    change = Change("init", FINITE_WEIGHTS, "finite weights")
+    changed = changed_start(state, RunFacts(layers=()), change)
+    assert changed["params/a/gain"].tolist() == [0, 2, 0]
+    assert changed["params/a/bias"] is state["params/a/bias"]
+    assert np.isnan(state["params/a/gain"][0]) and not broken(changed)
 
 
 def test_of_a_stack_of_sigmoids_only_the_hidden_ones_become_relu(tmp_path):
