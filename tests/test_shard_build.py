@@ -27,6 +27,7 @@ from vggrepro.example_reader import read_example
 from vggrepro.image_sources import open_source
 from vggrepro.run_lock import acquire_lock
 from vggrepro.shard_plan import plan_build
+from vggrepro.shard_target import LocalTarget, ShardTarget
 from vggrepro.shards import read_table
 
 
@@ -88,11 +89,11 @@ def test_a_stopped_build_goes_on(
     written: list[str] = []
     whole = shard_writer.write_shard
 
-    def failing(directory: Path, plan: shard_build.ShardPlan, *more: object) -> object:
+    def failing(place: ShardTarget, plan: shard_build.ShardPlan, *more: object) -> object:
         written.append(plan.file)
         if len(written) == 3:
             raise KeyboardInterrupt
-        return whole(directory, plan, *more)
+        return whole(place, plan, *more)
 
     monkeypatch.setattr(shard_build, "write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -141,8 +142,8 @@ def test_a_record_damaged_while_building_is_found(
 ) -> None:
     real = shard_build.index_split
 
-    def flip(directory: Path, *more: object) -> object:
-        file = directory / "train-00001.tfrecord"
+    def flip(directory: str, *more: object) -> object:
+        file = Path(directory) / "train-00001.tfrecord"
         data = bytearray(file.read_bytes())
         data[500] ^= 1
         file.write_bytes(data)
@@ -213,7 +214,7 @@ def test_a_stopped_shard_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     images = plan.source.splits["train"]
     with pytest.raises(shard_writer.Interrupted):
         shard_writer.write_shard(
-            tmp_path, plan.shards[0], images, recipe(), stop, lambda size: None
+            LocalTarget(str(tmp_path)), plan.shards[0], images, recipe(), stop, lambda size: None
         )
     assert not list(tmp_path.iterdir())
 
