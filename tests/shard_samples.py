@@ -27,7 +27,7 @@ def recipe(resize: int = 0, **policy: str) -> Recipe:
     return Recipe({**KINDS, **changes}, resize)
 
 
-def build(source: Path, target: Path, workers: int = 2, **options: object) -> dict:
+def build(source: Path, target: Path | str, workers: int = 2, **options: object) -> dict:
     """Shards of about 20 images."""
     return build_shards(str(source), str(target), recipe(**options), 20_000, workers)
 

@@ -8,9 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from vggrepro.example_reader import read_example
 from vggrepro.image_sources import open_source
 from vggrepro.run_lock import acquire_lock
 from vggrepro.shard_plan import plan_build
+from vggrepro.shard_target import LocalTarget, RemoteTarget, ShardTarget
 from vggrepro.shards import read_table
 
 
@@ -81,26 +84,31 @@ def test_shards_are_a_fair_sample(folder: Path, tmp_path: Path) -> None:
 # Interruptions
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_stopped_build_goes_on(
-    folder: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
 ) -> None:
     target = tmp_path / "shards"
     written: list[str] = []
     whole = shard_writer.write_shard
 
-    def failing(directory: Path, plan: shard_build.ShardPlan, *more: object) -> object:
+    def failing(place: ShardTarget, plan: shard_build.ShardPlan, *more: object) -> object:
         written.append(plan.file)
         if len(written) == 3:
             raise KeyboardInterrupt
-        return whole(directory, plan, *more)
+        return whole(place, plan, *more)
 
     monkeypatch.setattr(shard_build, "write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
-        build(folder, target, workers=1)
+        build(folder, f"{scheme}{target}", workers=1)
     assert not (target / "shards.json").exists() and (target / written[0]).exists()
     first = written[:2]
     written[:] = ["", "", ""]  # from now on nothing fails
-    build(folder, target, workers=1)
+    build(folder, f"{scheme}{target}", workers=1)
     assert not set(first) & set(written), "finished shards were written again"
     assert content(target) == expected
 
@@ -141,8 +149,8 @@ def test_a_record_damaged_while_building_is_found(
 ) -> None:
     real = shard_build.index_split
 
-    def flip(directory: Path, *more: object) -> object:
-        file = directory / "train-00001.tfrecord"
+    def flip(directory: str, *more: object) -> object:
+        file = Path(directory) / "train-00001.tfrecord"
         data = bytearray(file.read_bytes())
         data[500] ^= 1
         file.write_bytes(data)
@@ -213,7 +221,7 @@ def test_a_stopped_shard_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     images = plan.source.splits["train"]
     with pytest.raises(shard_writer.Interrupted):
         shard_writer.write_shard(
-            tmp_path, plan.shards[0], images, recipe(), stop, lambda size: None
+            LocalTarget(str(tmp_path)), plan.shards[0], images, recipe(), stop, lambda size: None
         )
     assert not list(tmp_path.iterdir())
 
@@ -263,6 +271,105 @@ def test_resize_is_a_recorded_deviation(folder: Path, tmp_path: Path) -> None:
         smaller = tf.image.resize(original, stored.shape[:2], antialias=True)
         assert np.abs(stored.numpy() - smaller.numpy()).mean() < 6.0
     assert changed > 10
+
+
+# URLs
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TMPDIR, where shards wait until they are sent."""
+    directory = tmp_path / "waiting"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    return directory
+
+
+def test_a_url_gets_the_same_files(
+    folder: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    waiting: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held, put = [], RemoteTarget.put
+
+    def counting(self: RemoteTarget, scratch: Path, name: str) -> None:
+        held.append(len(list(waiting.rglob("*.tfrecord"))))
+        put(self, scratch, name)
+
+    monkeypatch.setattr(RemoteTarget, "put", counting)
+    url = f"file://{tmp_path}/shards"
+    build(folder, f"{url}/", workers=2)
+    assert content(tmp_path / "shards") == expected and not (tmp_path / "shards/parts").exists()
+    assert 1 <= max(held) <= 2 and not list(waiting.iterdir())
+    assert main(["data", "check", url]) == 0
+
+
+def test_verification_reads_what_arrived(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RemoteTarget.put
+
+    def damaging(self: RemoteTarget, scratch: Path, name: str) -> None:
+        real(self, scratch, name)
+        arrived = bytearray((tmp_path / "shards" / name).read_bytes())
+        arrived[500] ^= 1
+        (tmp_path / "shards" / name).write_bytes(arrived)
+
+    monkeypatch.setattr(RemoteTarget, "put", damaging)
+    with pytest.raises(InputError, match="file:.*tfrecord: a record is not what was written"):
+        build(folder, f"file://{tmp_path}/shards")
+    assert not (tmp_path / "shards/shards.json").exists()
+
+
+def test_refused_images_are_listed_at_the_url(dirty: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shards"
+    with pytest.raises(InputError, match=f"train_0000.JPEG: empty and 2 more; .*{url}/refused.txt"):
+        build(dirty, url)
+    assert len((tmp_path / "shards/refused.txt").read_text().splitlines()) == 3
+    manifest = build(dirty, url, empty="skip", truncated="skip", tiny="convert")
+    assert manifest["splits"]["train"]["examples"] == 148
+    assert not (tmp_path / "shards/refused.txt").exists()
+
+
+def test_a_url_that_cannot_be_written_is_one_line(
+    folder: Path, tmp_path: Path, waiting: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["data", "build", str(folder), f"file://{tmp_path}/file/shards"]) == 2
+    assert f"error: cannot write file://{tmp_path}/file/shards" in capfd.readouterr().err
+
+    def denied(*arguments: object, **options: object) -> None:
+        raise tf.errors.PermissionDeniedError(None, None, "no such right")
+
+    monkeypatch.setattr(tf.io.gfile, "copy", denied)
+    with pytest.raises(InputError, match="cannot write file:.*tfrecord: no such right"):
+        build(folder, f"file://{tmp_path}/shards")
+    assert not list((tmp_path / "shards").glob("*.tfrecord")) and not list(waiting.iterdir())
+
+
+def test_other_urls_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="not empty: it holds thesis.tex"):
+        build(folder, f"file://{tmp_path}")
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_room_for_waiting_shards_is_checked_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards of 20 kB fit where the eight or so of all images would not."""
+    room = [50_000]
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, room[0])
+    )
+    url = f"file://{tmp_path}/shards"
+    with pytest.raises(InputError, match="0.0 GB free, shards of 5 workers need") as refused:
+        build(folder, url, workers=5)
+    assert "TMPDIR" in refused.value.remedy
+    assert not list((tmp_path / "shards").glob("*.tfrecord"))
+    build(folder, url, workers=2)
 
 
 # Bad targets and sources

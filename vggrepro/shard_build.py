@@ -7,25 +7,21 @@ file for every finished shard, so that a killed build goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diagnostics.durable_files import disk_errors, remove_temporaries, write_json, write_whole
-from diagnostics.errors import InputError, RunLocked
+from diagnostics.errors import InputError
 from vggrepro.image_inspection import KINDS
 from vggrepro.image_sources import open_source
-from vggrepro.run_lock import LOCK_FILE, acquire_lock
 from vggrepro.shard_check import damaged
 from vggrepro.shard_index import Part, SplitIndex, index_split
 from vggrepro.shard_plan import SPLITS, BuildPlan, ShardPlan, plan_build
+from vggrepro.shard_target import ShardTarget, shard_target
 from vggrepro.shard_writer import (
     RESIZE_QUALITY,
     Recipe,
@@ -33,9 +29,9 @@ from vggrepro.shard_writer import (
     write_shard,
 )
 from vggrepro.shards import BUILD, MANIFEST, RECORD_OVERHEAD, VERSION, index_name, read_manifest
-from vggrepro.storage import is_url
 
 REFUSED = "refused.txt"
+_QUESTIONS = 16  # at a time: a bucket takes its time to answer each
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
 
@@ -52,7 +48,8 @@ def build_shards(
 
     Args:
       source: see `open_source`.
-      target: a local directory: new, empty, or left by the same build.
+      target: a directory or URL: new, empty, or left by the same build. A URL is not
+        locked: two builds there at a time are the caller's to avoid.
       shard_bytes: a shard is closed when it holds so many.
       workers: threads; the files do not depend on it.
     Returns:
@@ -62,24 +59,16 @@ def build_shards(
         REFUSED), the target holds something else, is being built by another process, or
         the disk is too small.
     """
-    if is_url(target):
-        raise InputError(f"{target}: shards are built on a local disk", "Copy them afterwards")
-    directory = Path(target)
+    place = shard_target(target)
     plan = plan_build(open_source(source), shard_bytes)
     identity = _identity(plan, recipe, shard_bytes)
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    _refuse_strangers(directory)
-    lock = _lock(directory)
-    try:
-        if (directory / MANIFEST).exists():
-            return _finished(directory, identity)
-        _claim(directory, identity)
-        parts = _write_all(directory, plan, recipe, workers, on_progress)
-        manifest = _publish(directory, plan, recipe, identity, parts, workers, on_progress)
-    finally:
-        os.close(lock)
-    return manifest
+    _refuse_strangers(place)
+    with place.opened():
+        if MANIFEST in place.names():
+            return _finished(place, identity)
+        _claim(place, identity)
+        parts = _write_all(place, plan, recipe, workers, on_progress)
+        return _publish(place, plan, recipe, identity, parts, workers, on_progress)
 
 
 def _identity(plan: BuildPlan, recipe: Recipe, shard_bytes: int) -> dict[str, Any]:
@@ -92,62 +81,53 @@ def _identity(plan: BuildPlan, recipe: Recipe, shard_bytes: int) -> dict[str, An
     }
 
 
-def _finished(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(directory)
+def _finished(target: ShardTarget, identity: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(target.place)
     if manifest["built_from"] != identity:
         raise InputError(
-            f"{directory} holds shards of other images or options", "Choose another directory"
+            f"{target.place} holds shards of other images or options", "Choose another directory"
         )
     return manifest
 
 
-def _lock(directory: Path) -> int:
-    try:
-        return acquire_lock(directory)
-    except RunLocked as error:
-        raise InputError(
-            f"{directory} is being built by another process", "Wait for it to end, or stop it"
-        ) from error
-
-
-def _refuse_strangers(directory: Path) -> None:
+def _refuse_strangers(target: ShardTarget) -> None:
     """A directory that is neither empty nor a build's is left as it is, without a lock."""
-    names = {entry.name for entry in directory.iterdir()}
-    if names - {LOCK_FILE} and not names & {MANIFEST, BUILD}:
+    names = target.names()
+    if names and not names & {MANIFEST, BUILD}:
         raise InputError(
-            f"{directory} is not empty: it holds {min(names - {LOCK_FILE})}",
-            "Choose another directory",
+            f"{target.place} is not empty: it holds {min(names)}", "Choose another directory"
         )
 
 
-def _claim(directory: Path, identity: dict[str, Any]) -> None:
+def _claim(target: ShardTarget, identity: dict[str, Any]) -> None:
     """Makes the directory this build's own, or makes sure that it is."""
-    claim = directory / BUILD
-    if not claim.exists():
-        write_json(claim, identity)
-    elif json.loads(claim.read_text()) != identity:
+    claim = target.read(BUILD)
+    if claim is None:
+        target.write_json(BUILD, identity)
+    elif json.loads(claim) != identity:
         raise InputError(
-            f"{directory} holds an unfinished build of other images or options",
+            f"{target.place} holds an unfinished build of other images or options",
             "Delete it or choose another directory",
         )
-    remove_temporaries(directory)
+    target.remove_temporaries()
 
 
 def _write_all(
-    directory: Path, plan: BuildPlan, recipe: Recipe, workers: int, on_progress: Progress
+    target: ShardTarget, plan: BuildPlan, recipe: Recipe, workers: int, on_progress: Progress
 ) -> dict[ShardPlan, Part]:
-    found = {shard: finished_part(directory, shard, recipe) for shard in plan.shards}
-    parts = {shard: part for shard, part in found.items() if part is not None}
+    with ThreadPoolExecutor(_QUESTIONS) as pool:
+        found = pool.map(lambda shard: finished_part(target, shard, recipe), plan.shards)
+        parts = {s: part for s, part in zip(plan.shards, found, strict=True) if part is not None}
     missing = [shard for shard in plan.shards if shard not in parts]
     total = sum(len(shard.images) for shard in plan.shards)
-    _check_space(directory, plan, missing)
+    _check_space(target, plan, missing, workers)
     counter = _Counter(total - sum(len(shard.images) for shard in missing), total, on_progress)
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
         futures = {
             shard: pool.submit(
                 write_shard,
-                directory,
+                target,
                 shard,
                 plan.source.splits[shard.split],
                 recipe,
@@ -164,7 +144,7 @@ def _write_all(
             pool.shutdown(cancel_futures=True)
             raise
     refused = [line for future in futures.values() for line in future.result()[1]]
-    _refuse(directory, refused)
+    _refuse(target, refused)
     parts |= {shard: future.result()[0] for shard, future in futures.items()}
     return {shard: parts[shard] for shard in plan.shards}
 
@@ -182,36 +162,31 @@ class _Counter:
             self._on_progress("write", self._done, self._total)
 
 
-def _check_space(directory: Path, plan: BuildPlan, missing: list[ShardPlan]) -> None:
+def _check_space(
+    target: ShardTarget, plan: BuildPlan, missing: list[ShardPlan], workers: int
+) -> None:
     sizes = {
         split: np.array([image.size for image in images], np.int64)
         for split, images in plan.source.splits.items()
     }
-    needed = sum(
-        int((sizes[shard.split][shard.images] + RECORD_OVERHEAD).sum()) for shard in missing
-    )
-    needed += 200 * sum(len(images) for images in plan.source.splits.values())  # the index
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise InputError(
-            f"{directory} has {free / 1e9:.1f} GB free, the shards need {needed / 1e9:.1f} GB",
-            "Free some space or choose another disk",
-        )
+    shards = [int((sizes[shard.split][shard.images] + RECORD_OVERHEAD).sum()) for shard in missing]
+    index = 200 * sum(len(images) for images in plan.source.splits.values())
+    target.check_space(shards, index, workers)
 
 
-def _refuse(directory: Path, refused: list[str]) -> None:
+def _refuse(target: ShardTarget, refused: list[str]) -> None:
     if refused:
         lines = sorted(refused)
-        write_whole(directory / REFUSED, "\n".join([*lines, ""]).encode(errors="surrogateescape"))
+        target.write(REFUSED, "\n".join([*lines, ""]).encode(errors="surrogateescape"))
         more = f" and {len(lines) - 1:,} more" if len(lines) > 1 else ""
         raise InputError(
-            f"{lines[0]}{more}; all are listed in {directory / REFUSED}",
+            f"{lines[0]}{more}; all are listed in {target.path(REFUSED)}",
             "Replace them, or say what to do: --dirty KIND=skip|convert",
         )
 
 
 def _publish(
-    directory: Path,
+    target: ShardTarget,
     plan: BuildPlan,
     recipe: Recipe,
     identity: dict[str, Any],
@@ -223,10 +198,10 @@ def _publish(
     splits = {}
     for split in SPLITS:
         found = {shard: part for shard, part in parts.items() if shard.split == split}
-        index, known = index_split(directory, plan.source, split, found)
-        write_whole(directory / index_name(split), index.data)
+        index, known = index_split(target.place, plan.source, split, found)
+        target.write(index_name(split), index.data)
         splits[split] = known
-        _verify(directory, index, workers, partial(on_progress, f"verify {split}"))
+        _verify(target, index, workers, partial(on_progress, f"verify {split}"))
     manifest = {
         "version": VERSION,
         "source": plan.source.kind,
@@ -236,10 +211,8 @@ def _publish(
         "resize": _resize_record(recipe),
         "built_from": identity,
     }
-    write_json(directory / MANIFEST, manifest)
-    shutil.rmtree(directory / "parts")
-    for name in (BUILD, REFUSED):
-        (directory / name).unlink(missing_ok=True)
+    target.write_json(MANIFEST, manifest)
+    target.finish([BUILD, REFUSED])
     return manifest
 
 
@@ -254,7 +227,7 @@ def _resize_record(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _verify(
-    directory: Path, index: SplitIndex, workers: int, on_progress: Callable[[int, int], None]
+    target: ShardTarget, index: SplitIndex, workers: int, on_progress: Callable[[int, int], None]
 ) -> None:
     bad = damaged(index.records, index.sha256, workers, on_progress)
     if bad:
@@ -262,5 +235,5 @@ def _verify(
         raise InputError(
             f"{index.records.files[index.records.shard[example_id]]}: a record is not what was "
             f"written ({fault})",
-            f"Check the disk, delete {directory} and build again",
+            f"Check the disk, delete {target.place} and build again",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from vggrepro.image_inspection import KINDS
 from vggrepro.image_sources import Source
 from vggrepro.shard_plan import ShardPlan
 from vggrepro.shard_writer import kinds_of
+from vggrepro.storage import join
 
 Part = dict[str, np.ndarray]  # `shard_writer.Records.arrays()` of one shard
 
@@ -37,10 +37,12 @@ class SplitIndex:
 
 
 def index_split(
-    directory: Path, source: Source, split: str, parts: Mapping[ShardPlan, Part]
+    directory: str, source: Source, split: str, parts: Mapping[ShardPlan, Part]
 ) -> tuple[SplitIndex, dict[str, Any]]:
     """The index, and what the manifest says of the split.
 
+    Args:
+      directory: path or URL of the shards.
     Raises:
       InputError: no image of some class was kept.
     """
@@ -51,7 +53,7 @@ def index_split(
     images = [source.splits[split][i] for i in joined["image"][kept]]
     table = _table(source, images, {name: array[kept] for name, array in joined.items()})
     _check_classes(source, split, table["label"])
-    files = tuple(str(directory / shard.file) for shard in filled)
+    files = tuple(join(directory, shard.file) for shard in filled)
     records = RecordTable(files, table["shard"], table["offset"], table["size"])
     data = save(table)
     known = {

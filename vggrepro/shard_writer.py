@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from safetensors.numpy import load, save
 
-from diagnostics.durable_files import TEMPORARY_PREFIX, disk_errors, sync, write_error, write_whole
 from diagnostics.errors import InputError
 from vggrepro.image_inspection import KINDS, unusual
 from vggrepro.preprocessing import rescaled_size
 from vggrepro.shard_plan import ShardPlan
+from vggrepro.shard_target import PARTS, ShardTarget
 from vggrepro.shards import RECORD_OVERHEAD
 from vggrepro.source_image import SourceImage
 
@@ -74,28 +72,29 @@ def kinds_of(bits: int) -> tuple[str, ...]:
     return tuple(kind for kind, bit in _BITS.items() if bits & bit)
 
 
-def finished_part(directory: Path, plan: ShardPlan, recipe: Recipe) -> dict[str, np.ndarray] | None:
+def finished_part(
+    target: ShardTarget, plan: ShardPlan, recipe: Recipe
+) -> dict[str, np.ndarray] | None:
     """What an earlier, interrupted build left of this shard; None: it must be written.
 
     A shard is used again if it is whole and today's policy treats its images alike.
     """
-    part = _part_file(directory, plan)
-    if not part.exists():
+    part = target.read(_part_name(plan))
+    if part is None:
         return None
-    arrays = load(part.read_bytes())
+    arrays = load(part)
     skipped = arrays["offset"] < 0
     alike = all(
         recipe.action(kinds_of(bits)) == ("skip" if left_out else "convert")
         for bits, left_out in set(zip(arrays["kinds"].tolist(), skipped.tolist(), strict=True))
     )
     size = int((arrays["size"][~skipped] + RECORD_OVERHEAD).sum())
-    file = directory / plan.file
-    whole = size == 0 or (file.exists() and file.stat().st_size == size)
+    whole = size == 0 or target.size(plan.file) == size
     return arrays if alike and whole else None
 
 
 def write_shard(
-    directory: Path,
+    target: ShardTarget,
     plan: ShardPlan,
     images: Sequence[SourceImage],
     recipe: Recipe,
@@ -115,23 +114,21 @@ def write_shard(
       InputError: an image cannot be read or the shard cannot be written.
       Interrupted: `stop` was set.
     """
-    temporary = directory / f"{TEMPORARY_PREFIX}{plan.file}"
     records, refused = Records(), []
-    try:
-        with tf.io.TFRecordWriter(str(temporary)) as writer:
+    with target.scratch(plan.file) as scratch:
+        with tf.io.TFRecordWriter(str(scratch)) as writer:
             for number in plan.images.tolist():
                 if stop.is_set():
                     raise Interrupted
                 refusal = _add(writer, records, number, images[number], recipe)
                 refused += [refusal] if refusal else []
                 on_image(images[number].size)
+        arrays = records.arrays()
         if not refused:
-            _publish(directory, plan, temporary, records)
-    except tf.errors.OpError as error:  # of the writer; unreadable images are InputErrors
-        raise write_error(directory / plan.file, None, error.message.splitlines()[0]) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return records.arrays(), refused
+            if (arrays["offset"] >= 0).any():
+                target.put(scratch, plan.file)
+            target.write(_part_name(plan), save(arrays))
+    return arrays, refused
 
 
 def _add(
@@ -157,17 +154,8 @@ def _add(
     return None
 
 
-def _publish(directory: Path, plan: ShardPlan, temporary: Path, records: Records) -> None:
-    arrays = records.arrays()
-    with disk_errors(directory / plan.file):
-        sync(temporary)
-        if (arrays["offset"] >= 0).any():
-            os.replace(temporary, directory / plan.file)
-    write_whole(_part_file(directory, plan), save(arrays))
-
-
-def _part_file(directory: Path, plan: ShardPlan) -> Path:
-    return directory / "parts" / f"{plan.file}.safetensors"
+def _part_name(plan: ShardPlan) -> str:
+    return f"{PARTS}/{plan.file}.safetensors"
 
 
 def resized(data: bytes, shorter_side: int) -> bytes:

@@ -24,7 +24,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Declares the command and its options."""
     parser = subparsers.add_parser("build", help="pack images into shards", description=DESCRIPTION)
     parser.add_argument("source", metavar="SRC", help="where the images are")
-    parser.add_argument("target", metavar="DST", help="a new or empty local directory")
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        help="a new or empty directory; or a URL (gs://…), which is not locked: see to it that "
+        "only one build writes there. Its shards wait in TMPDIR, one for each worker",
+    )
     parser.add_argument(
         "--dirty",
         action="append",
