@@ -22,7 +22,7 @@ ANSWERS = {
         "input_scale",
         "target_scale",
     ),
-    "labels": ("without_examples", "valid_examples", "shift_labels", "target_scale"),
+    "labels": ("without_examples", "shift_labels", "valid_examples", "target_scale"),
     "init": ("init", "init_scale"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),
     "loss_formula": ("loss_formula", "domain", "regulariser"),
