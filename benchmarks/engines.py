@@ -6,13 +6,19 @@ tf.distribute (`mirrored`, one CPU device) and through JAX (`pjrt`, one device);
 round by round, so that a slow moment of the machine hits all; each run's first steps, which
 compile, are left out. Medians, and the medians of the ratios round by round to `cpu`.
 
+With --multiworker the engine of several machines instead of JAX, here with one worker: its
+collectives must be set up before TensorFlow starts, and JAX's before its kernels are set.
+
 Usage: python benchmarks/engines.py [--arch A] [--width 0.25] [--image-size 32] [--rounds N]
+                                    [--multiworker]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import socket
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -43,6 +49,15 @@ def step_of(config: TrainConfig) -> StepState:
     return training_step(config, network, initial_state(config, network), engine)
 
 
+def one_worker() -> str:
+    """TF_CONFIG of a cluster that is this process alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    task = {"type": "worker", "index": 0}
+    return json.dumps({"cluster": {"worker": [place]}, "task": task})
+
+
 def running(step: StepState, steps_per_loop: int) -> Run:
     """Times whole loops on one batch; the learning rate is too small to change the numbers."""
     side = step.config.image_size
@@ -69,6 +84,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="of a timing; a multiple of 50")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--multiworker", action="store_true")
     options = parser.parse_args()
     environment = describe_environment()
     hardware = environment["hardware"]
@@ -90,10 +106,14 @@ def main() -> None:
         )
 
     # First, because TensorFlow lowers nothing once its kernels are to be deterministic.
-    pjrt = running(step_of(config("pjrt")), 1)
-    pjrt(BATCH)
+    name = "pjrt"
+    if options.multiworker:
+        name = "multiworker, 1 worker"
+        os.environ["TF_CONFIG"] = one_worker()
+    first = running(step_of(config(name.partition(",")[0])), 1)
+    first(BATCH)
     mirrored, cpu = step_of(config("mirrored")), step_of(config("cpu"))
-    runs = {"cpu": running(cpu, 1), "mirrored, 1 replica": running(mirrored, 1), "pjrt": pjrt}
+    runs = {"cpu": running(cpu, 1), "mirrored, 1 replica": running(mirrored, 1), name: first}
     runs |= {f"cpu, {loop} steps a call": running(cpu, loop) for loop in LOOPS}
     runs |= {f"mirrored, {loop} steps a call": running(mirrored, loop) for loop in LOOPS}
     costs = measure(runs, options.steps * BATCH, options.rounds)
