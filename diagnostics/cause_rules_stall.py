@@ -17,6 +17,7 @@ from diagnostics.stall import (
     StallSignals,
     stall_signals,
 )
+from diagnostics.tensor_stats import TensorStats
 
 _BOUNCING = 0.05  # update ratio
 _SATURATING = ("sigmoid", "tanh", "hard_sigmoid", "softsign")
@@ -65,17 +66,25 @@ def _vanishing(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
 
 
 def _constant_weights(evidence: Evidence) -> Iterator[Finding]:
+    found = _constant_layer(evidence)
+    if found is not None:
+        name, stats = found
+        yield Finding(
+            "init",
+            5.0,
+            f"All {stats.size:,} initial weights of {name} are "
+            f"{number(stats.minimum)}: its units are the same and stay the same",
+        )
+
+
+def _constant_layer(evidence: Evidence) -> tuple[str, TensorStats] | None:
+    """The first hidden layer whose initial weights are all the same number."""
     weighted = [layer for layer in evidence.facts.layers if layer.weight is not None]
     for layer in weighted[:-1]:
         stats = evidence.initial_weight_stats.get(layer.weight or "")
         if stats is not None and stats.size > 1 and stats.minimum == stats.maximum:
-            yield Finding(
-                "init",
-                5.0,
-                f"All {stats.size:,} initial weights of {layer.name} are "
-                f"{number(stats.minimum)}: its units are the same and stay the same",
-            )
-            return
+            return layer.name, stats
+    return None
 
 
 def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:
@@ -98,7 +107,7 @@ def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]
         if absurd:
             yield Finding("init", 2.0, f"{absurd}, and the gradients are as large")
         yield Finding("learning_rate", 3.0, f"{text}: an update before that pushed it there")
-    else:
+    elif _constant_layer(evidence) is None:  # which explains it
         yield Finding("architecture", 2.0, f"{text}: nothing behind it ever gets a gradient")
         if not evidence.survivors("init"):
             yield Finding("architecture", 1.0)

@@ -280,6 +280,8 @@ def test_a_run_that_cannot_learn_is_told_at_the_end(tmp_path):
     guard = NumericGuard(tmp_path / "run", stop_on_divergence=True)
     model.fit(*data(), batch_size=BATCH, epochs=10, callbacks=[guard], verbose=0)
     assert guard.incident is None and "never fell" in guard.message and "dead" in guard.message
+    # Also where there is no time for a fix to show that it learns.
+    assert guard.diagnose(budget_seconds=0.1).cause.kind == "init"
     found = guard.diagnose(budget_seconds=8)
     assert found.verdict == "stalled" and found.cause.kind == "init"
     assert len(found.counterfactuals) > 1, "its batches were kept"
