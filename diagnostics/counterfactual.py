@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from diagnostics.diagnosis import Counterfactual
@@ -127,12 +127,12 @@ class Matrix:
 
     def _replay(self, change: Change, plan: Plan) -> Counterfactual:
         losses: list[float] = []
-        self._last_telemetry: Mapping[str, float] = {}
+        shown: dict[str, float] = {}
         end, caveat = self._end(change, plan)
         try:
             program = self._run.program(change)
             program.load(self._origin_state(change, plan))
-            note = self._run_steps(program, change, Plan(plan.origin, end), losses)
+            note = self._run_steps(program, change, Plan(plan.origin, end), losses, shown)
             program.release()
         except ToolError as error:
             note = f"cannot be replayed: {error.message}"
@@ -141,7 +141,7 @@ class Matrix:
         reached = self._recorded is not None or plan.origin + len(losses) > self._failing
         caveats = [caveat, _CAPTURED_ONLY if self._captured_only else ""]
         if change.kind in _NEW_WEIGHTS:
-            caveats.append(faint_signal(self._last_telemetry, self._run.facts))
+            caveats.append(faint_signal(shown, self._run.facts))
         return Counterfactual(
             change=change.label,
             kind=change.kind,
@@ -153,8 +153,19 @@ class Matrix:
             note="; ".join(filter(None, [note, *caveats])),
         )
 
-    def _run_steps(self, program: Program, change: Change, plan: Plan, losses: list[float]) -> str:
-        """Appends each step's loss; returns why it ended early, or ''."""
+    def _run_steps(
+        self,
+        program: Program,
+        change: Change,
+        plan: Plan,
+        losses: list[float],
+        shown: dict[str, float],
+    ) -> str:
+        """Appends each step's loss; returns why it ended early, or ''.
+
+        Args:
+          shown: becomes the telemetry of the last step that was applied.
+        """
         for step in range(plan.origin, plan.end):
             if losses and self._clock() > self._cut_at():
                 return CUT_SHORT
@@ -164,7 +175,7 @@ class Matrix:
             if not outcome.applied:
                 where = outcome.failed[0].describe() if outcome.failed else "something"
                 return f"step {step}: {where} not finite"
-            self._last_telemetry = outcome.telemetry
+            shown.update(outcome.telemetry)
             losses.append(float(outcome.telemetry["loss"]))
             if self._recorded is not None and not self._idle(losses):
                 break  # it has begun to learn: more steps prove no more

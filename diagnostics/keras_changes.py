@@ -56,13 +56,24 @@ def candidates(
         )
     found += data_changes(batch, facts)
     found += _formula_changes(model, failed)
-    losses = compiled_losses(model)
-    if falls and losses and not any(_is_cross_entropy(loss) for loss in losses):
-        label = "the loss with the other sign"
-        found.append(Change("loss_formula", OTHER_SIGN, label, from_start=bool(start), rank=1))
+    found += _sign_changes(model, falls, bool(start))
     found += _precision_changes(facts, failed)
     found += _setting_changes(model)
     found += _rate_changes(model, facts, step)
+    return [*found, *_start_changes(model, facts, start)]
+
+
+def _sign_changes(model: Any, falls: bool, has_start: bool) -> list[Change]:
+    losses = compiled_losses(model)
+    if not falls or not losses or any(_is_cross_entropy(loss) for loss in losses):
+        return []
+    label = "the loss with the other sign"
+    return [Change("loss_formula", OTHER_SIGN, label, from_start=has_start, rank=1)]
+
+
+def _start_changes(model: Any, facts: RunFacts, start: State) -> list[Change]:
+    """Other weights to begin with, and activations that let their signal through."""
+    found = []
     if any(np.abs(bias).max(initial=0.0) > LARGE_BIAS for bias in biases(start).values()):
         found.append(Change("init", ZERO_BIASES, "initial biases 0", from_start=True, rank=1))
     if broken(start):
@@ -215,8 +226,7 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
     if change.kind == "precision":
         return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
     if change.kind == "activation":
-        names = [layer.name for layer in hidden_saturating(model)]
-        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        shown = _first_few([layer.name for layer in hidden_saturating(model)])
         return f'activation="{value}"  # of the layers {shown}'
     if change.kind == "init" and value == FINITE_WEIGHTS:
         return (
@@ -226,8 +236,7 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
     if change.kind == "init" and value == ZERO_BIASES:
         return 'bias_initializer="zeros"  # of every layer'
     if change.kind == "init":
-        layers = [layer.name for layer in facts.layers if layer.weight]
-        shown = ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")
+        shown = _first_few([layer.name for layer in facts.layers if layer.weight])
         recurrent = any(word in layer.kind for layer in facts.layers for word in RECURRENT)
         also = ', recurrent_initializer="orthogonal"' if recurrent else ""
         return f'kernel_initializer="{value}"{also}  # of the layers {shown}'
@@ -243,6 +252,10 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
     if change.kind == "loss_formula":
         return f"y_pred = keras.ops.clip(y_pred, {EPSILON:g}, 1 - {EPSILON:g})  # in the loss"
     return ""
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
 def output_activation(model: Any) -> Any:

@@ -30,8 +30,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """What the imports left is not searched for garbage at each of Keras's many collections."""
-    gc.collect()
-    gc.freeze()
+    search_once()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +40,10 @@ def survivors_are_searched_once():
     Else each of Keras's collections takes longer, at the end of a process ten times as long.
     """
     yield
+    search_once()
+
+
+def search_once():
     gc.collect()
     gc.freeze()
 

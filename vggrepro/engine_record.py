@@ -20,15 +20,18 @@ def with_engine(
 
 def replicas_at(manifest: Mapping[str, Any], step: int) -> int:
     """As of how many replicas a replay computes a step, one after the other."""
-    engines: Sequence[Mapping[str, Any]] = manifest.get(ENTRY, ())
-    ran = [one for one in engines if one["first_step"] <= step]
-    return ran[-1]["replicas"] if ran and ran[-1]["strategy"] in _REPEATABLE else 1
+    ran = _engine_at(manifest, step)
+    return ran[0]["replicas"] if ran and ran[0]["strategy"] in _REPEATABLE else 1
 
 
 def engine_between(manifest: Mapping[str, Any], start: int, end: int) -> Mapping[str, Any] | None:
     """The one engine that ran steps start..end-1; None if there were several, or is no record."""
-    engines: Sequence[Mapping[str, Any]] = manifest.get(ENTRY, ())
-    earlier = [one for one in engines if one["first_step"] <= start]
-    within = [one for one in engines if start < one["first_step"] < end]
-    ran = [{**one, "first_step": 0} for one in (*earlier[-1:], *within)]
+    later = [one for one in manifest.get(ENTRY, ()) if start < one["first_step"] < end]
+    entries = [*_engine_at(manifest, start), *later]
+    ran = [{name: one[name] for name in one if name != "first_step"} for one in entries]
     return ran[0] if ran and all(one == ran[0] for one in ran) else None
+
+
+def _engine_at(manifest: Mapping[str, Any], step: int) -> Sequence[Mapping[str, Any]]:
+    """The entry of the engine that ran a step; empty if there is no record."""
+    return [one for one in manifest.get(ENTRY, ()) if one["first_step"] <= step][-1:]

@@ -28,10 +28,17 @@ from vggrepro.shard_writer import (
     finished_part,
     write_shard,
 )
-from vggrepro.shards import BUILD, MANIFEST, RECORD_OVERHEAD, VERSION, index_name, read_manifest
+from vggrepro.shards import (
+    BUILD,
+    MANIFEST,
+    QUESTIONS,
+    RECORD_OVERHEAD,
+    VERSION,
+    index_name,
+    read_manifest,
+)
 
 REFUSED = "refused.txt"
-_QUESTIONS = 16  # at a time: a bucket takes its time to answer each
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
 
@@ -115,7 +122,7 @@ def _claim(target: ShardTarget, identity: dict[str, Any]) -> None:
 def _write_all(
     target: ShardTarget, plan: BuildPlan, recipe: Recipe, workers: int, on_progress: Progress
 ) -> dict[ShardPlan, Part]:
-    with ThreadPoolExecutor(_QUESTIONS) as pool:
+    with ThreadPoolExecutor(QUESTIONS) as pool:
         found = pool.map(lambda shard: finished_part(target, shard, recipe), plan.shards)
         parts = {s: part for s, part in zip(plan.shards, found, strict=True) if part is not None}
     missing = [shard for shard in plan.shards if shard not in parts]

@@ -27,7 +27,7 @@ from vggrepro.storage import exists, file_size, join, read_bytes
 MANIFEST = "shards.json"
 BUILD = "build.json"  # what an unfinished directory is built from
 VERSION = 1
-_QUESTIONS = 16  # at a time: a bucket takes its time to answer each
+QUESTIONS = 16  # at a time: a bucket takes its time to answer each
 RECORD_HEADER = 12  # bytes before the image: its length and the length's checksum
 RECORD_OVERHEAD = RECORD_HEADER + 4  # and a checksum after it
 
@@ -115,7 +115,7 @@ def check_sizes(index: ExampleIndex) -> None:
     assert records is not None
     ends = np.zeros(len(records.files), np.int64)
     np.maximum.at(ends, records.shard, records.offset + records.size + RECORD_OVERHEAD)
-    with ThreadPoolExecutor(_QUESTIONS) as pool:
+    with ThreadPoolExecutor(QUESTIONS) as pool:
         sizes = list(pool.map(file_size, records.files))
     for file, found, end in zip(records.files, sizes, ends.tolist(), strict=True):
         if found != end:
@@ -143,7 +143,7 @@ def index_shards(root: str | os.PathLike[str], split: str) -> ExampleIndex:
             "Build the shards again",
         )
     files = tuple(join(root, shard["file"]) for shard in known["shards"])
-    with ThreadPoolExecutor(_QUESTIONS) as pool:
+    with ThreadPoolExecutor(QUESTIONS) as pool:
         there = list(pool.map(exists, files))
     for file, found in zip(files, there, strict=True):
         if not found:
