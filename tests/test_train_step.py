@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,6 +15,7 @@ from diagnostics.errors import GuardFailure, InputError
 from diagnostics.guard import Forward
 from diagnostics.guard_self_test import self_test
 from diagnostics.snapshot import hash_arrays
+from vggrepro.replica_evidence import added_in_order
 from vggrepro.step_core import CoreResult, true_class_rank
 from vggrepro.train_step import TrainStep
 
@@ -167,6 +170,21 @@ def test_the_same_state_and_batch_give_the_same_bits():
         hashes.add(hash_arrays(other.state()))
         rows.append(result.telemetry.tobytes())
     assert len(hashes) == 1 and rows[0] == rows[1]
+
+
+def test_gradients_are_added_in_order_whatever_else_still_reads_them():
+    """Of AddN's inputs here only the third and fourth have a buffer it may write to."""
+    random = np.random.default_rng(0)
+    squares = [np.square(random.normal(size=30_000)).astype(np.float32) for _ in range(4)]
+    in_order = functools.reduce(np.add, [np.sqrt(square) for square in squares])
+
+    @tf.function
+    def added(*squares):
+        parts = [tf.sqrt(tf.abs(square)) for square in squares]
+        return added_in_order(parts), *parts[:2]
+
+    for _ in range(20):
+        np.testing.assert_array_equal(added(*map(tf.constant, squares))[0], in_order)
 
 
 def test_dropout_follows_from_the_step_counter():

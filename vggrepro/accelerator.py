@@ -153,11 +153,16 @@ def _mirrored_engine() -> Engine:
     names = [f"{device.device_type}:{place}" for place, device in enumerate(devices)]
     strategy = tf.distribute.MirroredStrategy(
         names,
-        # Adds in the order of the replicas.
-        cross_device_ops=tf.distribute.ReductionToOneDevice() if _kind() == "CPU" else None,
+        cross_device_ops=_reduction_in_order() if _kind() == "CPU" else None,
     )
     description = f"{_kind()}, {_counted(len(names), 'device')}"
     return Engine("mirrored", description, replicas=len(names), distribution=strategy)
+
+
+def _reduction_in_order() -> tf.distribute.CrossDeviceOps:
+    from vggrepro.replica_evidence import added_in_order
+
+    return tf.distribute.ReductionToOneDevice(accumulation_fn=added_in_order)
 
 
 def _multiworker_engine() -> Engine:

@@ -18,7 +18,7 @@ from diagnostics import guard
 from vggrepro.config import TrainConfig
 from vggrepro.dataset import replica_rows
 from vggrepro.model import Network
-from vggrepro.replica_evidence import brought_together, evidence_row
+from vggrepro.replica_evidence import added_in_order, brought_together, evidence_row
 from vggrepro.step_core import CoreResult
 from vggrepro.step_state import State
 from vggrepro.train_step import TrainStep
@@ -116,7 +116,7 @@ class DistributedStep(TrainStep):
         every = _context().all_gather(flat[tf.newaxis], axis=0)
         every.set_shape([self._replicas, flat.shape[0]])
         sizes = [gradient.shape.num_elements() for gradient in gradients]
-        parts = tf.split(tf.add_n(tf.unstack(every)), sizes)
+        parts = tf.split(added_in_order(tf.unstack(every)), sizes)
         pairs = zip(parts, gradients, strict=True)
         return [tf.reshape(part, gradient.shape) for part, gradient in pairs]
 

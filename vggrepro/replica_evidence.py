@@ -32,12 +32,23 @@ def brought_together(rows: tf.Tensor, gradients: Sequence[tf.Tensor]) -> CoreRes
       gradients: already summed.
     """
     flags = rows[:, :2] > 0
-    loss, top1, top5 = (tf.add_n(tf.unstack(rows[:, column])) for column in (2, 3, 4))
+    loss, top1, top5 = (added_in_order(tf.unstack(rows[:, column])) for column in (2, 3, 4))
     pairs = over_replicas(tf.reshape(rows[:, 5:], [rows.shape[0], -1, 2]))
     # Adding rows of zeros turns -0 into 0, stacking them does not.
     pairs = tf.where(tf.equal(pairs, 0.0), 0.0, pairs)
     seen = Forward(pairs[0], tf.reduce_all(flags[:, 0]), pairs[1:], loss)
     return CoreResult(seen, list(gradients), top1, top5, flags[:, 1])
+
+
+def added_in_order(parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The sum from left to right: the same bits in every engine and on every repetition.
+
+    AddN, which Grappler also makes of a chain of additions, begins with whichever of its inputs
+    nothing else reads any more: of three or more, the order is then a matter of timing.
+    """
+    if len(parts) < 3:
+        return tf.add_n(parts)
+    return tf.foldl(tf.add, tf.stack(parts))
 
 
 def over_replicas(extremes: tf.Tensor) -> tf.Tensor:

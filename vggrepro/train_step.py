@@ -22,7 +22,7 @@ from vggrepro.dropout import Dropout
 from vggrepro.evaluation import batch_sums
 from vggrepro.model import Network
 from vggrepro.optimizer import MomentumSGD, RateSettings, learning_rate
-from vggrepro.replica_evidence import brought_together, evidence_row
+from vggrepro.replica_evidence import added_in_order, brought_together, evidence_row
 from vggrepro.step_core import CoreResult, loss_and_gradients
 from vggrepro.step_state import State, StepState, initial_state, rate_settings
 from vggrepro.step_update import NOT_REFUSED, Norms, by_layer, judge, telemetry_row
@@ -157,7 +157,7 @@ class TrainStep(StepState):
         ]
         gradients = zip(*(own.gradients for own in shares), strict=True)
         evidence = tf.stack([evidence_row(own) for own in shares])
-        return brought_together(evidence, [tf.add_n(parts) for parts in gradients])
+        return brought_together(evidence, [added_in_order(parts) for parts in gradients])
 
     def _at_scale_one(
         self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor
