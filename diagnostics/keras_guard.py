@@ -102,8 +102,10 @@ class NumericGuard(keras.callbacks.Callback):
         self._install()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Rows of the data are counted from here."""
+        """Rows of the data are counted from here; a callback may have written weights."""
         self._rows_of_epoch = 0
+        if self._guarded is not None:
+            self._guarded.forget_norms()
 
     def _install(self) -> None:
         model = self.model

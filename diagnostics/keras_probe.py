@@ -46,6 +46,9 @@ def probe(
 
     def on_apply(optimizer: Any, apply: Callable[..., Any], grads: list, variables: list) -> None:
         nonlocal taps_at_update
+        if not optimizer.built:
+            with tf.init_scope():  # a slot may begin as a tensor, which would stay in here
+                optimizer.build(variables)
         begin = len(graph.get_operations())
         apply(grads, variables)
         updates.append((begin, len(graph.get_operations())))

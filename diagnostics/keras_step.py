@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from diagnostics.guard import all_finite
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, local, native
+from diagnostics.keras_norms import CarriedNorms
 from diagnostics.keras_probe import Plan, probe
 from diagnostics.keras_sights import (
     Layout,
@@ -34,6 +35,7 @@ from diagnostics.keras_taps import Recorder, recording
 from diagnostics.keras_update import (
     Group,
     Update,
+    bounded_by_carried,
     exact_sight,
     gradients_exempt,
     group_by_layer,
@@ -68,6 +70,7 @@ class GuardedStep:
         self._train_step = train_step
         self._keep_initial = keep_initial
         self._plan: Plan | None = None
+        self._carried: tuple[tuple[int, ...], CarriedNorms] | None = None
 
     def prepare(self, data: Any) -> None:
         """Builds what the first step would build, and keeps the state before it.
@@ -100,6 +103,21 @@ class GuardedStep:
     def original(self, data: Any) -> Any:
         """The user's train step."""
         return self._train_step(data)
+
+    def carried(self, groups: Sequence[Group]) -> CarriedNorms | None:
+        """What one step leaves to the next; None in a trace that updates other weights."""
+        updated = tuple(id(weight) for group in groups for weight in group.weights)
+        if self._carried is None:
+            self._carried = updated, CarriedNorms(len(groups))
+        if self._carried[0] == updated:
+            return self._carried[1]
+        self.forget_norms()
+        return None
+
+    def forget_norms(self) -> None:
+        """Weights or slots may have been written by something else."""
+        if self._carried is not None:
+            self._carried[1].forget()
 
     def add_layout(self, layout: Layout) -> int:
         """Index of the layout, the same for equal ones."""
@@ -183,7 +201,13 @@ class _Trace:
             clear = self._all_clear(self._before_update())
             limit = self._step.limits[1]
             update = guarded_update(
-                optimizer, lambda: apply(grads, variables), groups, clear, touched, limit
+                optimizer,
+                lambda: apply(grads, variables),
+                groups,
+                clear,
+                touched,
+                limit,
+                self._carried(optimizer, groups),
             )
         else:
             exempt = gradients_exempt(optimizer)
@@ -196,6 +220,11 @@ class _Trace:
             update = Update(applied, tf.logical_or(gradients, exempt), weights, state, *norms)
         self._updates.append((groups, update))
         return None
+
+    def _carried(self, optimizer: Any, groups: Sequence[Group]) -> CarriedNorms | None:
+        """None where something else than the update writes weights or slots."""
+        others = any(name.startswith(("params/", "opt")) for name in self._plan.written)
+        return None if others or not bounded_by_carried(optimizer) else self._step.carried(groups)
 
     def _before_update(self) -> list[Sight]:
         """Flags of all that was traced so far, for the gate."""

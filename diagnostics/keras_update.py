@@ -1,7 +1,7 @@
 """The optimizer update of a Keras step: applied whole, or not at all.
 
-The fast level takes norms of gradients, weights and slots; where they prove that
-every element of the new state is finite, the update runs and nothing is copied.
+The fast level takes norms of gradients, weights and slots (`keras_norms`); where they prove
+that every element of the new state is finite, the update runs and nothing is copied.
 Where they do not, or for an optimizer without a known bound, the careful level
 looks at every element, keeps the old state, lets the update run, looks at the
 result and puts the old state back if it must.
@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from diagnostics.guard import SAFE_BOUND, all_finite, exact_norm
 from diagnostics.keras_names import LayerNames, native, slot_owners
+from diagnostics.keras_norms import CarriedNorms, Norms
 from diagnostics.keras_readings import second_reading
 
 # With an epsilon > 0 in the denominator these move a weight by at most
@@ -88,6 +89,7 @@ def guarded_update(
     clear: tf.Tensor,
     touched: Sequence[Any],
     limit: tf.Tensor,
+    carried: CarriedNorms | None = None,
 ) -> Update:
     """Runs `apply`; puts back what it wrote unless all is finite before and after.
 
@@ -98,9 +100,10 @@ def guarded_update(
       clear: bool scalar, whether everything before the update was finite.
       touched: every variable that `apply` may write.
       limit: float32 scalar; a larger global gradient norm is refused too.
+      carried: of `groups`, where nothing but `apply` writes weights and slots.
     """
     exempt = gradients_exempt(optimizer)
-    sight, sure = _fast_sight(optimizer, groups, clear, touched, limit)
+    sight, sure = _fast_sight(optimizer, groups, clear, touched, limit, carried)
 
     def careful() -> tuple[_Sight, list[tf.Tensor]]:
         return _careful_sight(groups, clear, exempt, limit), [tf.identity(v) for v in touched]
@@ -139,20 +142,36 @@ def _fast_sight(
     clear: tf.Tensor,
     touched: Sequence[Any],
     limit: tf.Tensor,
+    carried: CarriedNorms | None,
 ) -> tuple[_Sight, tf.Tensor]:
     """Norms, and whether they prove that the new state will be finite."""
     if not _has_bound(optimizer, touched):
         nothing, zeros = tf.zeros([len(groups)], tf.bool), tf.zeros([len(groups)])
         return _Sight(tf.constant(False), nothing, nothing, zeros, zeros), tf.constant(False)
-    norm = {
-        kind: tf.stack([_fast_norm(getattr(group, kind)) for group in groups])
-        for kind in ("gradients", "weights", "slots")
-    }
-    # NaN compares as false, so a NaN norm is not conclusive either.
-    conclusive = _bound(optimizer, norm) < SAFE_BOUND
-    within = tf.norm(norm["gradients"]) <= limit
+
+    def norms(kind: str) -> tf.Tensor:
+        return tf.stack([_fast_norm(getattr(group, kind)) for group in groups])
+
+    def proven(norm: Norms) -> tf.Tensor:
+        # NaN compares as false, so a NaN norm is not conclusive either.
+        return tf.reduce_all(tf.stack(reached_norms(optimizer, norm)) < SAFE_BOUND, axis=0)
+
+    gradients = norms("gradients")
+    if carried is None:
+        weights = norms("weights")
+        norm = Norms(gradients, weights, norms("slots"), weights, gradients)
+    else:
+        norm = carried.now(
+            gradients,
+            lambda: (norms("weights"), norms("slots")),
+            lambda found: tf.reduce_all(proven(found)),
+        )
+    conclusive = proven(norm)
+    within = tf.norm(gradients) <= limit
     sure = tf.logical_and(clear, tf.logical_and(tf.reduce_all(conclusive), within))
-    return _Sight(sure, conclusive, conclusive, norm["gradients"], norm["weights"]), sure
+    if carried is not None:
+        carried.leave(norm, *reached_norms(optimizer, norm), hold=sure)
+    return _Sight(sure, conclusive, conclusive, gradients, norm.weights_read), sure
 
 
 def _careful_sight(
@@ -250,16 +269,29 @@ def _tame(optimizer: Any) -> bool:
     return all(value is None or 0 <= value <= limits[name] for name, value in values.items())
 
 
-def _bound(optimizer: Any, norm: dict[str, tf.Tensor]) -> tf.Tensor:
-    """An upper bound of every element of the new weights and slots, float32 [groups]."""
+def bounded_by_carried(optimizer: Any) -> bool:
+    """Whether the bounds of one step are of use for many: Adadelta's slots hold its updates."""
+    return not isinstance(_inner(optimizer), keras.optimizers.Adadelta)
+
+
+def reached_norms(optimizer: Any, norm: Norms) -> tuple[tf.Tensor, tf.Tensor]:
+    """Upper bounds of the norms of new weights and of new slots, float32 [groups] each."""
     inner = _inner(optimizer)
     rate = tf.maximum(tf.abs(tf.cast(inner.learning_rate, tf.float32)), 1.0)
-    decay = 1.0 + rate * abs(inner.weight_decay or 0.0)
-    moved = norm["slots"] + norm["gradients"]
+    weights = (1.0 + rate * abs(inner.weight_decay or 0.0)) * norm.weights
+    moved = norm.slots + norm.gradients
     if type(inner) is keras.optimizers.SGD:
-        return decay * norm["weights"] + 3.0 * (rate + 1.0) * moved
-    reach = rate * (_AMPLIFICATION / min(inner.epsilon, 1.0)) * moved
-    return decay * norm["weights"] + reach + tf.square(norm["gradients"])
+        weights += 3.0 * (rate + 1.0) * moved
+        slots = 2.0 * rate * moved
+    else:
+        amplified = rate / min(inner.epsilon, 1.0)
+        weights += _AMPLIFICATION * amplified * moved
+        # Gradients that are accumulated are slots until their turn comes.
+        gradients = moved if inner.gradient_accumulation_steps else norm.gradients
+        slots = 2.0 * (moved + tf.square(gradients))
+        if getattr(inner, "momentum", None):  # RMSprop keeps a running sum of its updates
+            slots += amplified * gradients
+    return weights, slots + weights if inner.use_ema else slots
 
 
 def _fast_norm(tensors: Sequence[Any]) -> tf.Tensor:
