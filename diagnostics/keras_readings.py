@@ -55,7 +55,7 @@ def second_reading(tensor: Any) -> Any:
     Each op is made again once in a graph: a residual net is one long chain of sums, and
     x + x + ... would double the work with every sum.
     """
-    operation = _operation(tensor)
+    operation = operation_of(tensor)
     if operation is None or not _is_chain(operation):
         return tensor
     graph = tf.compat.v1.get_default_graph()  # may be a proxy, which has no `vars`
@@ -95,15 +95,15 @@ def extremes(tensor: tf.Tensor) -> tf.Tensor:
 
 def _fused_sum(tensor: Any) -> Any:
     """What comes out of the kernel of product, bias, sum and ReLU; None if there is no such."""
-    operation = _operation(tensor)
+    operation = operation_of(tensor)
     if operation is None or not _holds_product(operation):
         return None
     summed = any(map(_holds_product, _makers(operation)))
-    while (reader := _only_reader(operation.outputs)) is not None and reader.type in _SUMS:
+    while (reader := only_reader(operation.outputs)) is not None and reader.type in _SUMS:
         operation, summed = reader, True
     if not summed:
         return None
-    reader = _only_reader(operation.outputs)
+    reader = only_reader(operation.outputs)
     behind = reader if reader is not None and reader.type == "Relu" else operation
     return behind.outputs[0]
 
@@ -113,15 +113,15 @@ def _holds_product(operation: tf.Operation) -> bool:
     return operation.type in _SUMS and any(
         made.type in _PRODUCTS or _holds_product(made)
         for made in _makers(operation)
-        if _only_reader(made.outputs) is operation
+        if only_reader(made.outputs) is operation
     )
 
 
 def _makers(operation: tf.Operation) -> list[tf.Operation]:
-    return [made for value in operation.inputs if (made := _operation(value)) is not None]
+    return [made for value in operation.inputs if (made := operation_of(value)) is not None]
 
 
-def _only_reader(values: Iterable[tf.Tensor]) -> tf.Operation | None:
+def only_reader(values: Iterable[tf.Tensor]) -> tf.Operation | None:
     """The one op that takes these, as all that another op makes; None if there are more."""
     readers = [reader for value in values for reader in value.consumers()]
     return readers[0] if len(readers) == 1 else None
@@ -131,7 +131,7 @@ def _fused_with(tensor: Any) -> tf.Operation | None:
     """The one smooth activation that takes a symbolic tensor and nothing else does."""
     if tf.executing_eagerly() or not hasattr(tensor, "consumers"):
         return None
-    taker = _only_reader([tensor])
+    taker = only_reader([tensor])
     return taker if taker is not None and taker.type in _FUSED else None
 
 
@@ -142,8 +142,8 @@ def _extremes(tensor: tf.Tensor, as_it_is: bool = False) -> tf.Tensor:
         pair = tf.stack([tf.reduce_max(values), tf.reduce_min(values)])
     else:
         # Rounding is monotone: the largest sum of a channel is that of its largest number.
-        high = tf.reduce_max(_by_channel(tf.reduce_max, values) + bias)
-        pair = tf.stack([high, tf.reduce_min(_by_channel(tf.reduce_min, values) + bias)])
+        high = tf.reduce_max(by_channel(tf.reduce_max, values) + bias)
+        pair = tf.stack([high, tf.reduce_min(by_channel(tf.reduce_min, values) + bias)])
     if tensor.dtype == tf.float64:
         limit = tf.cast(tf.float32.max, tf.float64)
         pair = tf.where(tf.math.is_finite(pair), tf.clip_by_value(pair, -limit, limit), pair)
@@ -159,18 +159,18 @@ def _kept_by_its_reader(tensor: Any) -> bool:
     In front of a ReLU that kernel alone is left, without the ReLU; in front of a batch
     normalisation it was there before.
     """
-    operation = _operation(tensor)
+    operation = operation_of(tensor)
     if operation is None or operation.type not in _SUMS:
         return False
     if not any(made.type in _PRODUCTS for made in _makers(operation)):
         return False
-    reader = _only_reader(operation.outputs)
+    reader = only_reader(operation.outputs)
     if reader is not None:
         return reader.type == "Relu"
     return any(taker.type == "FusedBatchNormV3" for taker in operation.outputs[0].consumers())
 
 
-def _by_channel(reduce: Callable[..., tf.Tensor], values: tf.Tensor) -> tf.Tensor:
+def by_channel(reduce: Callable[..., tf.Tensor], values: tf.Tensor) -> tf.Tensor:
     """[channels], the rest reduced: few rows at a time, since all at once takes thrice as long."""
     rows, channels = math.prod(side or 0 for side in values.shape[1:-1]), values.shape[-1]
     group = next((n for n in range(_ROWS_AT_ONCE, 1, -1) if rows and rows % n == 0), 0)
@@ -181,11 +181,11 @@ def _by_channel(reduce: Callable[..., tf.Tensor], values: tf.Tensor) -> tf.Tenso
 
 def _without_bias(tensor: Any) -> tuple[Any, Any]:
     """(large part, bias by channel) of their sum; (second reading, None) of anything else."""
-    operation = _operation(tensor)
+    operation = operation_of(tensor)
     if operation is not None and operation.type in ("Add", "AddV2"):
         values, bias = operation.inputs
         channels = tensor.shape[-1] if tensor.shape.rank else None
-        made_by = _operation(values)
+        made_by = operation_of(values)
         plain = made_by is not None and not _is_chain(made_by)
         whole = values.shape.rank == tensor.shape.rank and (values.shape.rank or 0) > 1
         flat = bias.shape.is_fully_defined() and bias.shape.num_elements() == channels
@@ -200,7 +200,7 @@ def apart(tensor: tf.Tensor) -> tf.Tensor:
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
-def _operation(tensor: Any) -> tf.Operation | None:
+def operation_of(tensor: Any) -> tf.Operation | None:
     """What makes a symbolic tensor, past identities; None for an eager one."""
     operation = None if tf.executing_eagerly() else getattr(tensor, "op", None)
     while operation is not None and operation.type == "Identity":

@@ -19,6 +19,7 @@ from diagnostics.guard import all_finite
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, local, native
 from diagnostics.keras_norms import CarriedNorms
 from diagnostics.keras_probe import Plan, probe
+from diagnostics.keras_rectified import Rectified
 from diagnostics.keras_sights import (
     Layout,
     Sight,
@@ -230,7 +231,8 @@ class _Trace:
         """Flags of all that was traced so far, for the gate."""
         if not self._sights:
             self._data = taps_sight(self._data_taps, hard=False)
-            self._forward = taps_sight(self._recorder.taps)
+            rectified = Rectified() if self._plan.gate else None
+            self._forward = taps_sight(self._recorder.taps, rectified=rectified)
             self._loss = self._recorder.loss
             if self._loss is not None:
                 loss = tf.cast(self._loss, tf.float32)

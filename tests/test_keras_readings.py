@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from diagnostics import NumericGuard
+from diagnostics.incident import read_incident
 
 L = keras.layers
 
@@ -57,3 +58,53 @@ def test_and_a_nan_stops_them(tmp_path, build):
     guard = NumericGuard(tmp_path / "run")
     trained(build, "float32", guard, bad=True)
     assert guard.incident is not None and guard.step == 2
+
+
+def rectified(place: int = 0, changed=lambda kernel: kernel) -> keras.Model:
+    """Three convolutions with their ReLUs; the kernel of one is changed."""
+    inputs = keras.Input((8, 8, 2))
+    values = inputs
+    for number in range(3):
+        values = L.Conv2D(8, 3, padding="same", activation="relu", name=f"conv{number}")(values)
+        values = L.MaxPooling2D()(values) if number == 1 else values
+    model = keras.Model(inputs, L.Dense(1)(L.Flatten()(values)))
+    kernel = model.get_layer(f"conv{place}").kernel
+    kernel.assign(changed(kernel.numpy()))
+    return model
+
+
+def test_a_convolution_is_bounded_and_its_relu_stays_with_it(tmp_path):
+    guard = NumericGuard(tmp_path / "run")
+    assert trained(rectified, "float32", guard) == trained(rectified, "float32", None)
+    shown = guard.telemetry()
+    for number in range(3):
+        column = list(shown.columns).index(f"conv{number}/preactivation_min")
+        assert not shown.rows[:, column].any()  # of what the ReLU gave
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("scale", [1e19, -1e19])
+def test_one_that_is_not_bounded_is_computed_again(tmp_path, place, scale):
+    """Finite, and negative in part: its ReLU's result would have shown no more."""
+    guard = NumericGuard(tmp_path / "run")
+    model = rectified(place, lambda kernel: scale * kernel)
+    model.compile(keras.optimizers.SGD(0.0), loss=lambda y, p: 1e-36 * p, jit_compile=False)
+    x = np.random.default_rng(0).normal(size=(8, 8, 8, 2)).astype("float32")
+    model.fit(x, np.zeros((8, 1)), batch_size=8, verbose=0, callbacks=[guard])
+    shown = guard.telemetry()
+    lowest = shown.column(f"conv{place}/preactivation_min")
+    assert guard.incident is None and lowest is not None and lowest[0] < -1e18
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -3e38])
+def test_what_a_fused_relu_hides_is_seen(tmp_path, place, scale):
+    """All sums of -3e38 overflow to -Inf, which a ReLU makes 0."""
+    guard = NumericGuard(tmp_path / "run")
+    model = rectified(place, lambda kernel: scale * np.abs(kernel))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
+    x = np.abs(np.random.default_rng(0).normal(size=(8, 8, 8, 2))).astype("float32") + 500.0
+    model.fit(x, np.zeros((8, 1)), batch_size=8, verbose=0, callbacks=[guard])
+    assert guard.incident is not None
+    first = read_incident(guard.incident).record["failed_checks"][0]
+    assert first["layer"] == f"conv{place}"
