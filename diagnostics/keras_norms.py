@@ -41,14 +41,35 @@ class CarriedNorms:
     reading, or as soon as it shows anywhere else.
     """
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self) -> None:
+        # None can be made inside of a trace, which alone knows the sizes.
+        self._norms = tf.Variable(tf.zeros([4, 0]), trainable=False, shape=[4, None])
+        self._outputs = tf.Variable(tf.zeros([0, 2]), trainable=False, shape=[None, 2])
+        self._age = tf.Variable(READ_EVERY, trainable=False)
+
+    def trace(self, groups: int) -> None:
+        """A trace begins that updates so many groups."""
         with tf.init_scope():
-            self._norms = tf.Variable(tf.zeros([4, groups]), trainable=False)
-            self._age = tf.Variable(READ_EVERY, trainable=False)
+            self._norms.assign(tf.zeros([4, groups]))
+            self.forget()
 
     def forget(self) -> None:
         """The next step reads them."""
         self._age.assign(READ_EVERY)
+
+    def settled(self) -> tf.Tensor:
+        """bool scalar: whether the last step had no reason to read, and this one is not due to."""
+        return tf.logical_and(self._age > 1, self._age < READ_EVERY)
+
+    def outputs(self) -> tf.Tensor:
+        """float32 [n, 2]: what `keep_outputs` was given by the last step."""
+        return self._outputs.read_value()
+
+    def keep_outputs(self, extremes: tf.Tensor) -> None:
+        """Maximum and minimum of layers' outputs, of this step or of an earlier one."""
+        with tf.init_scope():
+            self._outputs.assign(tf.zeros(extremes.shape))
+        self._outputs.assign(extremes)
 
     def now(
         self,

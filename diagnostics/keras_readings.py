@@ -167,7 +167,13 @@ def _kept_by_its_reader(tensor: Any) -> bool:
     reader = only_reader(operation.outputs)
     if reader is not None:
         return reader.type == "Relu"
-    return any(taker.type == "FusedBatchNormV3" for taker in operation.outputs[0].consumers())
+    return is_normalised(operation.outputs[0].consumers())
+
+
+def is_normalised(readers: Iterable[tf.Operation]) -> bool:
+    """Whether the readers of a tensor take its mean and variance, as batch normalisation does."""
+    kinds = {reader.type for reader in readers}
+    return "FusedBatchNormV3" in kinds or {"Mean", "SquaredDifference"} <= kinds
 
 
 def by_channel(reduce: Callable[..., tf.Tensor], values: tf.Tensor) -> tf.Tensor:

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from diagnostics.keras_convolutions import Convolutions
 from diagnostics.keras_readings import apart, extremes
-from diagnostics.keras_rectified import Rectified
 from diagnostics.keras_taps import Tap
 from diagnostics.keras_update import Group, Update, global_norm
 from diagnostics.protocol import Check
@@ -74,21 +74,18 @@ def data_taps(data: Any) -> list[Tap]:
 
 
 def taps_sight(
-    taps: Sequence[Tap], hard: bool = True, rectified: Rectified | None = None
+    taps: Sequence[Tap], hard: bool = True, convolutions: Convolutions | None = None
 ) -> TapsSight:
     """Whether each tensor is finite; one that may be -Inf on its way may be that.
 
     Args:
-      rectified: looks at convolutions in front of a ReLU, if given.
+      convolutions: reads them its own way, if given.
     """
     checks = [tap.check for tap in taps]
     if not taps:
         return TapsSight(taps, Sight([], _stacked([]), hard), tf.zeros([0, 2], tf.float32))
-    pairs = []
-    for tap in taps:
-        pair = rectified.extremes(tap.tensor) if rectified is not None else None
-        pairs.append(extremes(tap.tensor) if pair is None else pair)
-    pairs = tf.stack(pairs)
+    read = extremes if convolutions is None else convolutions.extremes
+    pairs = tf.stack([read(tap.tensor) for tap in taps])
     finite = tf.math.is_finite(pairs)
     lenient = tf.constant([tap.lenient for tap in taps])
     low = tf.logical_or(finite[:, 1], tf.logical_and(lenient, pairs[:, 1] == -np.inf))

@@ -16,10 +16,10 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.guard import all_finite
+from diagnostics.keras_convolutions import Convolutions
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, local, native
 from diagnostics.keras_norms import CarriedNorms
 from diagnostics.keras_probe import Plan, probe
-from diagnostics.keras_rectified import Rectified
 from diagnostics.keras_sights import (
     Layout,
     Sight,
@@ -71,7 +71,8 @@ class GuardedStep:
         self._train_step = train_step
         self._keep_initial = keep_initial
         self._plan: Plan | None = None
-        self._carried: tuple[tuple[int, ...], CarriedNorms] | None = None
+        self._carried = CarriedNorms()
+        self._updated: tuple[int, ...] | None = None
 
     def prepare(self, data: Any) -> None:
         """Builds what the first step would build, and keeps the state before it.
@@ -108,17 +109,16 @@ class GuardedStep:
     def carried(self, groups: Sequence[Group]) -> CarriedNorms | None:
         """What one step leaves to the next; None in a trace that updates other weights."""
         updated = tuple(id(weight) for group in groups for weight in group.weights)
-        if self._carried is None:
-            self._carried = updated, CarriedNorms(len(groups))
-        if self._carried[0] == updated:
-            return self._carried[1]
-        self.forget_norms()
-        return None
+        if self._updated not in (None, updated):
+            self._carried.forget()
+            return None
+        self._updated = updated
+        self._carried.trace(len(groups))
+        return self._carried
 
     def forget_norms(self) -> None:
         """Weights or slots may have been written by something else."""
-        if self._carried is not None:
-            self._carried[1].forget()
+        self._carried.forget()
 
     def add_layout(self, layout: Layout) -> int:
         """Index of the layout, the same for equal ones."""
@@ -177,6 +177,7 @@ class _Trace:
         self._optimizers = find_optimizers(step.model)
         self._updates: list[tuple[list[Group], Update]] = []
         self._rate: tf.Tensor | None = None
+        self._norms: CarriedNorms | None = None
         self._sights: list[Sight] = []
 
     def run(self, data: Any) -> dict[str, Any]:
@@ -199,6 +200,7 @@ class _Trace:
             return apply(grads, variables)
         touched = [native(v) for v in (*variables, *optimizer.variables)]
         if self._plan.gate:
+            self._norms = self._carried(optimizer, groups)
             clear = self._all_clear(self._before_update())
             limit = self._step.limits[1]
             update = guarded_update(
@@ -208,7 +210,7 @@ class _Trace:
                 clear,
                 touched,
                 limit,
-                self._carried(optimizer, groups),
+                self._norms,
             )
         else:
             exempt = gradients_exempt(optimizer)
@@ -231,8 +233,10 @@ class _Trace:
         """Flags of all that was traced so far, for the gate."""
         if not self._sights:
             self._data = taps_sight(self._data_taps, hard=False)
-            rectified = Rectified() if self._plan.gate else None
-            self._forward = taps_sight(self._recorder.taps, rectified=rectified)
+            convolutions = Convolutions(self._norms) if self._plan.gate else None
+            self._forward = taps_sight(self._recorder.taps, convolutions=convolutions)
+            if convolutions is not None:
+                convolutions.keep()
             self._loss = self._recorder.loss
             if self._loss is not None:
                 loss = tf.cast(self._loss, tf.float32)

@@ -49,7 +49,7 @@ class Norming(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         slots = [v for v in optimizer.variables if len(v.shape)]
         self.true.append([norm(self.model.get_weights()), norm(v.numpy() for v in slots)])
-        carried = self.guard._guarded._carried[1]
+        carried = self.guard._guarded._carried
         self.bounds.append([norm([row]) for row in carried._norms.numpy()[:2]])
 
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from diagnostics import NumericGuard
 from diagnostics.incident import read_incident
@@ -108,3 +109,64 @@ def test_what_a_fused_relu_hides_is_seen(tmp_path, place, scale):
     assert guard.incident is not None
     first = read_incident(guard.incident).record["failed_checks"][0]
     assert first["layer"] == f"conv{place}"
+
+
+def normalised(changed=lambda kernel: kernel) -> keras.Model:
+    """Three convolutions with batch normalisation behind them; the second's kernel is changed."""
+    inputs = keras.Input((8, 8, 2))
+    values = inputs
+    for number in range(3):
+        values = L.Conv2D(8, 3, padding="same", name=f"conv{number}")(values)
+        values = L.MaxPooling2D()(L.ReLU()(L.BatchNormalization()(values)))
+    model = keras.Model(inputs, L.Dense(1)(L.Flatten()(values)))
+    kernel = model.get_layer("conv1").kernel
+    kernel.assign(changed(kernel.numpy()))
+    return model
+
+
+def fitted(model: keras.Model, guard: NumericGuard | None, *callbacks) -> keras.Model:
+    """Forty steps of which no gradient is twice as large as an earlier one."""
+    keras.utils.set_random_seed(3)
+    model.compile(keras.optimizers.SGD(1e-6), "mse", jit_compile=False)
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(8, 8, 8, 2)).astype("float32")
+    y = draw.normal(size=(8, 1)).astype("float32")
+    data = tf.data.Dataset.from_tensors((x, y)).repeat(40)
+    model.fit(data, verbose=0, callbacks=[*([guard] if guard else []), *callbacks])
+    return model
+
+
+def test_what_is_normalised_is_read_now_and_then(tmp_path):
+    guard = NumericGuard(tmp_path / "run")
+    keras.utils.set_random_seed(3)
+    guarded = fitted(normalised(), guard)
+    keras.utils.set_random_seed(3)
+    plain = fitted(normalised(), None)
+    for mine, other in zip(guarded.get_weights(), plain.get_weights(), strict=True):
+        assert mine.tobytes() == other.tobytes()
+    assert guard.incident is None and guard.step == 40
+    for number in range(3):
+        shown = guard.telemetry().column(f"conv{number}/preactivation_max")
+        changes = np.flatnonzero(np.diff(shown)) + 1
+        assert set(changes) <= {1, 16, 17, 32, 33}  # a reading, and the one after it
+        assert len(changes) > 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_what_is_normalised_is_read_where_it_is_not_bounded(tmp_path, value):
+    """In the middle between two readings; 1e30 is finite, and shown at the very step."""
+
+    class Spoils(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 9:
+                kernel = self.model.get_layer("conv1").kernel
+                kernel.assign(np.abs(kernel.numpy()) * value)
+
+    guard = NumericGuard(tmp_path / "run")
+    fitted(normalised(), guard, Spoils())
+    shown = guard.telemetry()
+    highest = shown.column("conv1/preactivation_max")
+    assert shown.steps[-1] >= 10 and not highest[10] < 1e29 and highest[9] < 1e3
+    if not np.isfinite(value):
+        first = read_incident(guard.incident).record["failed_checks"][0]
+        assert (guard.step, first["layer"]) == (10, "conv1")
