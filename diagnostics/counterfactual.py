@@ -71,12 +71,12 @@ class Matrix:
         step_seconds: float = 0.0,
         progress: MatrixProgress = lambda done, planned, label: None,
         must_learn: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._run = run
         self._failing = failing_step
-        self._clock = clock
-        self._deadline = clock() + budget_seconds
+        self._clock = clock or time.monotonic
+        self._deadline = self._clock() + budget_seconds
         self._budget, self._step_seconds = budget_seconds, step_seconds
         self._progress = progress
         self._recorded = run.telemetry() if must_learn else None

@@ -92,7 +92,9 @@ class Telemetry:
 
     Columns: `loss`, `grad_norm`, `lr`, `input_max`, `input_min`, and per layer
     `<layer>/preactivation_max`, `.../preactivation_min`, `.../gradient_norm`,
-    `.../weight_norm`, `.../update_ratio`; some may be missing.
+    `.../weight_norm`, `.../update_ratio`; some may be missing. Of a guarded Keras model some
+    are as last read (`keras_norms`, `keras_convolutions`): weight norms, and the
+    pre-activations of a convolution in front of a batch normalisation.
     """
 
     steps: np.ndarray
