@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,32 +104,27 @@ class NumericGuard(keras.callbacks.Callback):
         """Rows of the data are counted from here; a callback may have written weights."""
         self._rows_of_epoch = 0
         if self._guarded is not None:
-            self._guarded.forget_norms()
+            self._guarded.bounds.forget()
 
     def _install(self) -> None:
-        model = self.model
-        self._plain = model.train_function
-        self._guarded, guarded = guarded_function(model, START_BYTES)
-        model.train_function = self._train_function(self._plain, guarded)
+        self._plain = self.model.train_function
+        self._guarded, self._guarded_function = guarded_function(
+            self.model, START_BYTES, bounded=True
+        )
+        self.model.train_function = self._train_function
 
-    def _train_function(
-        self, plain: Callable[[Any], Any], guarded: Callable[[Any], Any]
-    ) -> Callable[[Any], Any]:
+    def _train_function(self, iterator: Any) -> Any:
         """What `fit` calls once per execution; a fit without this guard gets the plain one."""
-
-        def run(iterator: Any) -> Any:
-            if not self._expected:
-                return plain(iterator)
-            self._expected = False
-            return self._execution(iterator, guarded)
-
-        return run
+        if not self._expected:
+            return self._plain(iterator)
+        self._expected = False
+        return self._execution(iterator)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Says that the next execution is one of this guard's fit."""
         self._expected = True
 
-    def _execution(self, iterator: Any, guarded: Callable[[Any], Any]) -> Any:
+    def _execution(self, iterator: Any) -> Any:
         """One execution of `fit`: `steps_per_execution` steps, fewer if one is refused."""
         assert self._guarded is not None
         outputs = None
@@ -145,7 +139,9 @@ class NumericGuard(keras.callbacks.Callback):
             if self._guarded.state is None:
                 self._guarded.prepare(data)
             # One batch at a time, so that every step's flags come back.
-            outputs = guarded(iter([data]))
+            outputs = self._guarded_function(iter([data]))
+            if self._guarded.bounds.active:
+                outputs = self._looked_at(data, outputs)
             if not self._after_step(data, outputs["guard"]):
                 self._keep_following(iterator)
                 break
@@ -156,6 +152,21 @@ class NumericGuard(keras.callbacks.Callback):
                 return self._plain(iterator)
             raise StopIteration
         return outputs["logs"]
+
+    def _looked_at(self, data: Any, outputs: dict[str, Any]) -> dict[str, Any]:
+        """A step that its bounds refused, once more with a look at everything, as all after it.
+
+        It tells what is not finite, or that a bound was not conclusive.
+        """
+        assert self._guarded is not None
+        if read_outcome(self._guarded, outputs["guard"]).applied:
+            return outputs
+        limits = self._guarded.limits
+        start = 0 if self._columns else START_BYTES
+        self._guarded, self._guarded_function = guarded_function(self.model, start)
+        self._guarded.prepare(data)
+        self._guarded.limits.assign(limits)
+        return self._guarded_function(iter([data]))
 
     def _after_step(self, data: Any, shown: dict[str, Any]) -> bool:
         """Records the step; stops the training unless it was applied."""
@@ -169,6 +180,7 @@ class NumericGuard(keras.callbacks.Callback):
             self._batches.add(self.step, data)
             self._rows_of_epoch += row_count(data)
             self.step += 1
+            self._guarded.bounds.after_step(outcome.telemetry)
             if self._divergence is not None:
                 self._guarded.limits.assign(self._divergence.limits(outcome.telemetry))
             return True

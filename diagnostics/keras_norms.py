@@ -15,7 +15,7 @@ import tensorflow as tf
 READ_EVERY = 16  # steps
 # Gradients that grow so much since the last reading ask for one: of a run that diverges, every
 # step's weights are to be known.
-_ALARM = 2.0
+ALARM = 2.0
 _GROWTH = 1.0 + 1e-5  # a step's rounding, of norms and of their bounds
 
 
@@ -53,6 +53,14 @@ class CarriedNorms:
             self._norms.assign(tf.zeros([4, groups]))
             self.forget()
 
+    def replace(self, weights: tf.Tensor, slots: tf.Tensor) -> None:
+        """What was read outside of a step."""
+        self._norms.assign(tf.stack([weights, slots, weights, tf.zeros_like(weights)]))
+
+    def left(self, gradients: tf.Tensor) -> Norms:
+        """Of the last step, and this one's gradients."""
+        return Norms(gradients, *tf.unstack(self._norms))
+
     def forget(self) -> None:
         """The next step reads them."""
         self._age.assign(READ_EVERY)
@@ -83,8 +91,8 @@ class CarriedNorms:
           read: the norms of weights and of slots, from their elements.
           conclusive: bool, whether norms prove that the update keeps all finite.
         """
-        carried = Norms(gradients, *tf.unstack(self._norms))
-        calm = tf.reduce_all(gradients <= _ALARM * carried.gradients_read)
+        carried = self.left(gradients)
+        calm = tf.reduce_all(gradients <= ALARM * carried.gradients_read)
         fresh = tf.reduce_all(tf.stack([self._age < READ_EVERY, calm, conclusive(carried)]))
 
         def look() -> tuple[tf.Tensor, ...]:

@@ -23,10 +23,12 @@ class Plan(NamedTuple):
         the step runs as it is and what it wrote is put back.
       written: names of variables written outside that update (all of them if not
         `gate`).
+      alone: one optimizer update that comes last, and nothing else writes weights or slots.
     """
 
     gate: bool
     written: tuple[str, ...]
+    alone: bool
 
 
 def probe(
@@ -60,15 +62,17 @@ def probe(
         with recording(recorder, model, find_optimizers(model)):
             train_step(data)
     state = StateNames(model, extra=graph.variables)
-    last = len(updates) == 1 and taps_at_update == len(recorder.taps)
-    if may_gate and last:
-        begin, end = updates[0]
-        operations = graph.get_operations()
-        before = _written(graph, operations[:begin], state)
-        after = _written(graph, operations[end:], state)
-        if all(name.startswith("counters/metrics/") for name in after - before):
-            return Plan(True, tuple(sorted(before | after))), state
-    return Plan(False, tuple(sorted(_written(graph, graph.get_operations(), state)))), state
+    operations = graph.get_operations()
+    everything = tuple(sorted(_written(graph, operations, state)))
+    if len(updates) != 1 or taps_at_update != len(recorder.taps):
+        return Plan(False, everything, False), state
+    begin, end = updates[0]
+    before = _written(graph, operations[:begin], state)
+    after = _written(graph, operations[end:], state)
+    alone = not any(name.startswith(("params/", "opt")) for name in before | after)
+    if may_gate and all(name.startswith("counters/metrics/") for name in after - before):
+        return Plan(True, tuple(sorted(before | after)), alone), state
+    return Plan(False, everything, alone), state
 
 
 def _written(graph: Any, operations: Sequence[tf.Operation], state: StateNames) -> set[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.guard import all_finite
+from diagnostics.keras_bounds import Bounds
 from diagnostics.keras_convolutions import Convolutions
 from diagnostics.keras_names import LayerNames, StateNames, find_optimizers, local, native
 from diagnostics.keras_norms import CarriedNorms
@@ -43,7 +44,7 @@ from diagnostics.keras_update import (
     guarded_update,
     new_state,
 )
-from diagnostics.keras_xla_sight import xla_all_finite, xla_sight
+from diagnostics.keras_xla_sight import bounded_update, xla_all_finite, xla_sight
 from diagnostics.protocol import Check, State, StepOutcome
 
 
@@ -58,9 +59,20 @@ class GuardedStep:
       state: the variables that make up the state, once a first trace is there.
       layer_order: labels of layers and operations as the last trace called them.
       initial: their values before the first step, if `keep_initial` bytes allow it.
+      bounds: what is known of weights and slots without looking at them.
+
+    Args:
+      bounded: under XLA, most is bounded instead of looked at. A step that is refused must then
+        be run by a step that is not so.
     """
 
-    def __init__(self, model: Any, train_step: Callable[[Any], Any], keep_initial: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        train_step: Callable[[Any], Any],
+        keep_initial: int = 0,
+        bounded: bool = False,
+    ) -> None:
         self.model = model
         self.layouts: list[Layout] = []
         self.state: StateNames | None = None
@@ -71,8 +83,7 @@ class GuardedStep:
         self._train_step = train_step
         self._keep_initial = keep_initial
         self._plan: Plan | None = None
-        self._carried = CarriedNorms()
-        self._updated: tuple[int, ...] | None = None
+        self.bounds = Bounds(under_xla=bounded and model.jit_compile)
 
     def prepare(self, data: Any) -> None:
         """Builds what the first step would build, and keeps the state before it.
@@ -93,7 +104,7 @@ class GuardedStep:
         strategy = tf.distribute.has_strategy()
         if tf.executing_eagerly() or strategy:
             self.state = StateNames(self.model)
-            self._plan = Plan(False, tuple(self.state.variables))
+            self._plan = Plan(False, tuple(self.state.variables), alone=False)
         elif self._plan is None:
             self._plan, self.state = probe(self.model, self._train_step, data, self._may_gate())
         assert self.state is not None and self._plan is not None
@@ -105,20 +116,6 @@ class GuardedStep:
     def original(self, data: Any) -> Any:
         """The user's train step."""
         return self._train_step(data)
-
-    def carried(self, groups: Sequence[Group]) -> CarriedNorms | None:
-        """What one step leaves to the next; None in a trace that updates other weights."""
-        updated = tuple(id(weight) for group in groups for weight in group.weights)
-        if self._updated not in (None, updated):
-            self._carried.forget()
-            return None
-        self._updated = updated
-        self._carried.trace(len(groups))
-        return self._carried
-
-    def forget_norms(self) -> None:
-        """Weights or slots may have been written by something else."""
-        self._carried.forget()
 
     def add_layout(self, layout: Layout) -> int:
         """Index of the layout, the same for equal ones."""
@@ -148,14 +145,14 @@ def read_outcome(guarded: GuardedStep, shown: dict[str, Any]) -> StepOutcome:
 
 
 def guarded_function(
-    model: Any, keep_initial: int = 0
+    model: Any, keep_initial: int = 0, bounded: bool = False
 ) -> tuple[GuardedStep, Callable[[Any], dict[str, Any]]]:
     """A train function of Keras' own making around a guarded step; the model keeps its own.
 
     Returns:
       The step, and the function: give it an iterator over one batch.
     """
-    step = GuardedStep(model, model.train_step, keep_initial)
+    step = GuardedStep(model, model.train_step, keep_initial, bounded)
     plain = model.train_function
     object.__setattr__(model, "train_step", step)
     try:
@@ -199,35 +196,38 @@ class _Trace:
         if not groups:
             return apply(grads, variables)
         touched = [native(v) for v in (*variables, *optimizer.variables)]
+        self._norms = self._carried(optimizer, groups)
+
+        def update() -> Any:
+            return apply(grads, variables)
+
         if self._plan.gate:
-            self._norms = self._carried(optimizer, groups)
             clear = self._all_clear(self._before_update())
             limit = self._step.limits[1]
-            update = guarded_update(
-                optimizer,
-                lambda: apply(grads, variables),
-                groups,
-                clear,
-                touched,
-                limit,
-                self._norms,
-            )
+            shown = guarded_update(optimizer, update, groups, clear, touched, limit, self._norms)
+        elif self._norms is not None and self._step.bounds.suffice(optimizer, touched):
+            shown = bounded_update(optimizer, update, groups, self._norms)
         else:
-            exempt = gradients_exempt(optimizer)
-            xla = self._step.model.jit_compile and not tf.executing_eagerly()
-            look, look_again = (xla_sight, xla_all_finite) if xla else (exact_sight, all_finite)
-            gradients, weights, *norms = look(groups)
-            apply(grads, variables)
-            state = look_again(new_state(optimizer, groups, touched))
-            applied = tf.constant(True)
-            update = Update(applied, tf.logical_or(gradients, exempt), weights, state, *norms)
-        self._updates.append((groups, update))
+            shown = self._looked_at(optimizer, update, groups, touched)
+        self._updates.append((groups, shown))
         return None
 
-    def _carried(self, optimizer: Any, groups: Sequence[Group]) -> CarriedNorms | None:
+    def _looked_at(
+        self, optimizer: Any, update: Callable[[], Any], groups: list[Group], touched: list[Any]
+    ) -> Update:
+        """All of it, before and after; what must not stay is put back at the end."""
+        exempt = gradients_exempt(optimizer)
+        xla = self._step.model.jit_compile and not tf.executing_eagerly()
+        look, look_again = (xla_sight, xla_all_finite) if xla else (exact_sight, all_finite)
+        gradients, weights, *norms = look(groups)
+        update()
+        state = look_again(new_state(optimizer, groups, touched))
+        return Update(tf.constant(True), tf.logical_or(gradients, exempt), weights, state, *norms)
+
+    def _carried(self, optimizer: Any, groups: list[Group]) -> CarriedNorms | None:
         """None where something else than the update writes weights or slots."""
-        others = any(name.startswith(("params/", "opt")) for name in self._plan.written)
-        return None if others or not bounded_by_carried(optimizer) else self._step.carried(groups)
+        fit = self._plan.alone and bounded_by_carried(optimizer)
+        return self._step.bounds.of(groups) if fit else None
 
     def _before_update(self) -> list[Sight]:
         """Flags of all that was traced so far, for the gate."""

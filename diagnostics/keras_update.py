@@ -145,16 +145,12 @@ def _fast_sight(
     carried: CarriedNorms | None,
 ) -> tuple[_Sight, tf.Tensor]:
     """Norms, and whether they prove that the new state will be finite."""
-    if not _has_bound(optimizer, touched):
+    if not has_bound(optimizer, touched):
         nothing, zeros = tf.zeros([len(groups)], tf.bool), tf.zeros([len(groups)])
         return _Sight(tf.constant(False), nothing, nothing, zeros, zeros), tf.constant(False)
 
     def norms(kind: str) -> tf.Tensor:
-        return tf.stack([_fast_norm(getattr(group, kind)) for group in groups])
-
-    def proven(norm: Norms) -> tf.Tensor:
-        # NaN compares as false, so a NaN norm is not conclusive either.
-        return tf.reduce_all(tf.stack(reached_norms(optimizer, norm)) < SAFE_BOUND, axis=0)
+        return tf.stack([fast_norm(getattr(group, kind)) for group in groups])
 
     gradients = norms("gradients")
     if carried is None:
@@ -164,9 +160,9 @@ def _fast_sight(
         norm = carried.now(
             gradients,
             lambda: (norms("weights"), norms("slots")),
-            lambda found: tf.reduce_all(proven(found)),
+            lambda found: tf.reduce_all(proven_finite(optimizer, found)),
         )
-    conclusive = proven(norm)
+    conclusive = proven_finite(optimizer, norm)
     within = tf.norm(gradients) <= limit
     sure = tf.logical_and(clear, tf.logical_and(tf.reduce_all(conclusive), within))
     if carried is not None:
@@ -248,7 +244,8 @@ def _inner(optimizer: Any) -> Any:
     return optimizer
 
 
-def _has_bound(optimizer: Any, touched: Sequence[Any]) -> bool:
+def has_bound(optimizer: Any, touched: Sequence[Any]) -> bool:
+    """Whether `reached_norms` holds of it."""
     inner = _inner(optimizer)
     if any(v.dtype.is_floating and v.dtype != tf.float32 for v in touched):
         return False
@@ -294,7 +291,12 @@ def reached_norms(optimizer: Any, norm: Norms) -> tuple[tf.Tensor, tf.Tensor]:
     return weights, slots + weights if inner.use_ema else slots
 
 
-def _fast_norm(tensors: Sequence[Any]) -> tf.Tensor:
+def proven_finite(optimizer: Any, norm: Norms) -> tf.Tensor:
+    """bool [groups]: whether an update leaves all finite; false for a norm of NaN."""
+    return tf.reduce_all(tf.stack(reached_norms(optimizer, norm)) < SAFE_BOUND, axis=0)
+
+
+def fast_norm(tensors: Sequence[Any]) -> tf.Tensor:
     """L2 norm, float32; not finite if any element is not, or if a square overflowed."""
     if not tensors:
         return tf.constant(0.0)

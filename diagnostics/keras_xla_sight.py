@@ -8,12 +8,29 @@ and only if every element is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from diagnostics.guard import all_finite
-from diagnostics.keras_update import Group, exact_sight
+from diagnostics.keras_norms import CarriedNorms
+from diagnostics.keras_update import Group, Update, exact_sight, proven_finite, reached_norms
+
+
+def bounded_update(
+    optimizer: Any, apply: Callable[[], Any], groups: Sequence[Group], carried: CarriedNorms
+) -> Update:
+    """An update of which only the gradients are read: the host reads weights and slots at times.
+
+    A step that does not pass is to be run again with a look at everything.
+    """
+    norms = tf.cast(tf.sqrt(_square_sums([group.gradients for group in groups])), tf.float32)
+    before = carried.left(norms)
+    proven = proven_finite(optimizer, before)
+    carried.leave(before, *reached_norms(optimizer, before), hold=tf.constant(True))
+    apply()
+    return Update(tf.constant(True), proven, proven, proven, norms, before.weights_read)
 
 
 def xla_sight(

@@ -49,7 +49,7 @@ class Norming(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         slots = [v for v in optimizer.variables if len(v.shape)]
         self.true.append([norm(self.model.get_weights()), norm(v.numpy() for v in slots)])
-        carried = self.guard._guarded._carried
+        carried = self.guard._guarded.bounds._carried
         self.bounds.append([norm([row]) for row in carried._norms.numpy()[:2]])
 
 
@@ -159,3 +159,35 @@ def test_every_step_of_a_run_that_diverges_has_its_weights(tmp_path):
     grown = np.array(norms[: len(column)])
     late = grown > 2 * grown[0]
     np.testing.assert_allclose(column[late], grown[late], rtol=0.2)
+
+
+def scaled_apart() -> keras.Model:
+    """Finite throughout, but no bound says so."""
+    model = mlp("linear")
+    for name, scale in (("first", 1e19), ("second", 1e-19)):
+        kernel = model.get_layer(name).kernel
+        kernel.assign(scale * kernel)
+    return model
+
+
+@pytest.mark.parametrize(("build", "bounded"), [(mlp, True), (scaled_apart, False)])
+def test_under_xla_weights_are_bounded_too_or_else_looked_at(tmp_path, build, bounded):
+    weights = []
+    for guard in (None, NumericGuard(tmp_path / "run")):
+        keras.utils.set_random_seed(7)
+        model = compiled(build(), jit_compile=True, optimizer=keras.optimizers.SGD(1e-30))
+        callbacks = [guard] if guard else []
+        model.fit(*data(), batch_size=BATCH, epochs=4, verbose=0, callbacks=callbacks)
+        weights.append(b"".join(array.tobytes() for array in model.get_weights()))
+    assert weights[0] == weights[1] and guard.incident is None and guard.step == 24
+    assert guard._guarded.bounds.active is bounded
+
+
+@pytest.mark.parametrize("target", ["weights", "slots"])
+def test_under_xla_a_refused_step_is_looked_at(tmp_path, target):
+    guard = NumericGuard(tmp_path / "run")
+    model = compiled(mlp(), jit_compile=True, optimizer=keras.optimizers.SGD(1e-3, momentum=0.9))
+    model.fit(*data(), batch_size=2, verbose=0, callbacks=[guard, Meddling(target)])
+    assert guard.step == (6 if target == "weights" else 7)
+    checks = read_incident(guard.incident).record["failed_checks"]
+    assert checks[0] == {"stage": "weights", "layer": "first", "quantity": "weights"}
