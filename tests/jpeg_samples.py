@@ -1,5 +1,7 @@
 """Small JPEG files for the tests of the input pipeline."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
@@ -31,6 +33,13 @@ def settings(image_size: int = 16, side: int = 20, **changes: object) -> Preproc
         "colour_components": NO_COLOUR,
     }
     return Preprocessing(**{**values, **changes})
+
+
+def augmented(preprocessing: Preprocessing, data: bytes, seed: Sequence[int]) -> tf.Tensor:
+    """The training crop of one file, its size taken from its header."""
+    augmentation = preprocessing.augmentation(tf.constant([seed], tf.int64), None)
+    own = tf.nest.map_structure(lambda many: many[0], augmentation)
+    return preprocessing.training_image(tf.constant(data), own)
 
 
 def pixels(height: int, width: int, seed: int) -> np.ndarray:

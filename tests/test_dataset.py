@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from jpeg_samples import IMAGENET_COLOUR, jpeg, pixels, settings
+from jpeg_samples import IMAGENET_COLOUR, augmented, jpeg, pixels, settings
 from tensorflow.python.autograph.impl import api as autograph
 
 from diagnostics.errors import InputError
@@ -156,7 +156,7 @@ def test_augmentation_is_keyed_by_seed_epoch_and_example(index: ExampleIndex, se
             epoch, example = (step * 4 + row) // 15, int(batch["example_ids"][row])
             data = Path(index.location(example)).read_bytes()
             key = [fold_in(fold_in(seed, STREAM_AUGMENT), epoch), example]
-            image = AUGMENTED.training_image(tf.constant(data), tf.constant(key, tf.int64))
+            image = augmented(AUGMENTED, data, key)
             np.testing.assert_allclose(batch["images"][row], image, rtol=0, atol=1e-3)
 
 

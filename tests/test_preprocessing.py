@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from jpeg_samples import IMAGENET_COLOUR, jpeg, jpegs, pixels, settings
+from jpeg_samples import IMAGENET_COLOUR, augmented, jpeg, jpegs, pixels, settings
 
-from vggrepro.preprocessing import Preprocessing, rescaled_size
+from vggrepro.preprocessing import Place, Preprocessing, rescaled_size
 
 # Grey levels of 255. Rounding of positions in float32 moves a sample by up to 1e-4 pixels.
 TOLERANCE = 0.05
@@ -22,20 +22,22 @@ places = st.tuples(*[st.floats(0.0, 1.0 - 2.0**-23, width=32)] * 2)
 
 
 def crop(preprocessing: Preprocessing, data: bytes, side: int, place: tuple) -> np.ndarray:
-    columns = preprocessing._crop(tf.constant(data), tf.constant([float(side)]), tf.constant(place))
+    columns = preprocessing._crop(
+        tf.constant(data), Place(tf.constant([float(side)]), tf.constant(place))
+    )
     return preprocessing._picture(columns, tf.zeros([3])).numpy()
 
 
 def train(preprocessing: Preprocessing, data: bytes, seed: tuple[int, int]) -> np.ndarray:
-    return preprocessing.training_image(tf.constant(data), tf.constant(seed, tf.int64)).numpy()
+    return augmented(preprocessing, data, seed).numpy()
 
 
 def train_many(preprocessing: Preprocessing, data: bytes, count: int) -> np.ndarray:
     @tf.function
     def augment(seeds: tf.Tensor) -> tf.Tensor:
         return tf.map_fn(
-            lambda seed: preprocessing.training_image(tf.constant(data), seed),
-            seeds,
+            lambda augmentation: preprocessing.training_image(tf.constant(data), augmentation),
+            preprocessing.augmentation(seeds, None),
             fn_output_signature=tf.float32,
         )
 
@@ -95,6 +97,38 @@ def test_fast_path_has_the_bits_of_the_exact_path(
     exact = crop(settings(size, resize=kernel), data, size + extra, place)
     fast = crop(settings(size, resize=kernel, decode="fast"), data, size + extra, place)
     assert fast.tobytes() == exact.tobytes()
+
+
+@given(st.lists(st.tuples(jpegs(), seeds), min_size=1, max_size=5), kernels, decoders)
+def test_many_at_once_have_the_bits_of_one_by_one(
+    images: list[tuple[bytes, tuple[int, int]]], kernel: str, decode: str
+) -> None:
+    """With sizes from an index or from the header, whatever the other images are."""
+    preprocessing = settings(
+        16, scale_max=90, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR,
+        resize=kernel, decode=decode,
+    )  # fmt: skip
+    files = [data for data, _ in images]
+    sizes = [tf.io.extract_jpeg_shape(data)[:2] for data in files]
+    together = preprocessing.augmentation(
+        tf.constant([seed for _, seed in images], tf.int64), tf.stack(sizes)
+    )
+    for i, (data, seed) in enumerate(images):
+        own = tf.nest.map_structure(lambda many, i=i: many[i], together)
+        found = preprocessing.training_image(tf.constant(data), own).numpy()
+        assert found.tobytes() == train(preprocessing, data, seed).tobytes()
+
+
+@given(st.lists(seeds, min_size=1, max_size=5))
+def test_draws_are_those_of_tensorflow_s_stateless_op(keys: list[tuple[int, int]]) -> None:
+    """Runs of earlier versions verify only while these numbers stay."""
+    found = settings(scale_max=90).augmentation(tf.constant(keys, tf.int64), None)
+    for i, key in enumerate(keys):
+        draws = tf.random.stateless_uniform([8], tf.constant(key, tf.int64), alg="philox")
+        assert found.crop.side[i] == 20 + tf.floor(draws[0] * 71.0)
+        assert np.array_equal(found.crop.corner[i], draws[1:3])
+        assert found.flip[i].numpy().tolist() == [bool(draws[3] < 0.5), False]
+        assert np.array_equal(found.colour[i], draws[5:])
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (96, 1000), (1200, 900)])

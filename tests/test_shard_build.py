@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from jpeg_samples import jpeg, pixels
+from safetensors.numpy import load, save
 from shard_samples import build, content, make_folder, recipe
 
 from diagnostics.errors import InputError
@@ -110,6 +111,23 @@ def test_a_stopped_build_goes_on(
     written[:] = ["", "", ""]  # from now on nothing fails
     build(folder, f"{scheme}{target}", workers=1)
     assert not set(first) & set(written), "finished shards were written again"
+    assert content(target) == expected
+
+
+def test_shards_of_an_earlier_version_are_written_again(
+    folder: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfinished build whose parts do not say how large the images are."""
+    target = tmp_path / "shards"
+    monkeypatch.setattr(shard_build, "index_split", lambda *_: sys.exit("stopped"))
+    with pytest.raises(SystemExit):
+        build(folder, target)
+    monkeypatch.undo()
+    for part in (target / "parts").glob("train-*"):
+        arrays = load(part.read_bytes())
+        del arrays["image_size"]
+        part.write_bytes(save(arrays))
+    build(folder, target)
     assert content(target) == expected
 
 
@@ -456,3 +474,18 @@ def test_index_holds_a_hash_of_each_image(folder: Path, tmp_path: Path) -> None:
     for i, path in enumerate(index.paths):
         digest = hashlib.sha256((folder / path).read_bytes()).digest()
         assert table["sha256"][i].tobytes() == digest
+
+
+@pytest.mark.parametrize("resize", [0, 14])
+def test_index_holds_the_size_that_decoding_gives(
+    folder: Path, tmp_path: Path, resize: int
+) -> None:
+    """A wrong one would cut out other pixels; a PNG file is stored as it is."""
+    source = shutil.copytree(folder, tmp_path / "source")
+    png = tf.io.encode_png(pixels(20, 33, seed=1)).numpy()
+    (source / "train/a/train_0000.JPEG").write_bytes(png)
+    build(source, tmp_path / "shards", resize=resize)
+    index = open_index(tmp_path / "shards", "train")
+    assert index.records is not None and index.records.image_size is not None
+    for i, size in enumerate(index.records.image_size.tolist()):
+        assert list(tf.io.decode_jpeg(read_example(index, i), channels=3).shape[:2]) == size

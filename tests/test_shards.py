@@ -1,5 +1,6 @@
 """Shards: the same batches as the directory they were built from, from any step."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -85,6 +86,23 @@ def test_batches_are_those_of_the_folder(folder: Path, index: ExampleIndex, step
     assert same_bits(found.batch(step), expected.batch(step))
     for one, other in zip(range(step, step + 3), found.stream(step), strict=False):
         assert same_bits(other, expected.batch(one))
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_an_index_without_image_sizes_gives_the_same_batches(
+    copy: Path, index: ExampleIndex, decode: str
+) -> None:
+    """Shards built before the index held them."""
+    table = read_table(copy, "train")
+    del table["image_size"]
+    (copy / "train.safetensors").write_bytes(save(table))
+    earlier = open_index(copy, "train")
+    assert earlier.records is not None and earlier.records.image_size is None
+    preprocessing = dataclasses.replace(AUGMENTED, decode=decode)
+    streams = [TrainingStream(found, preprocessing, 11, seed=3) for found in (index, earlier)]
+    assert same_bits(streams[0].batch(13), streams[1].batch(13))
+    headers = [op_types(stream.stream(0)) & {"ExtractJpegShape"} for stream in streams]
+    assert headers == [set(), {"ExtractJpegShape"} if decode == "fast" else set()]
 
 
 def test_evaluation_is_that_of_the_folder(folder: Path, shards: Path) -> None:

@@ -82,7 +82,7 @@ class TrainingStream:
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
-        return [int(i) for i in self._plan(tf.constant(step, tf.int64))[0]["example_ids"]]
+        return [int(i) for i in self._taken(tf.constant(step, tf.int64))[1]]
 
     def name_of(self, example_id: int) -> str:
         """Path of an example, relative to the data directory."""
@@ -107,19 +107,24 @@ class TrainingStream:
     @as_written
     def _plan(self, step: tf.Tensor) -> Plan:
         """What a step's rows read and how they are augmented."""
+        epochs, example_ids = self._taken(step)
+        seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
+        sizes = self._reader.image_sizes(example_ids)
+        row, places = self._reader.look_up(example_ids)
+        return {**row, "augmentation": self.preprocessing.augmentation(seeds, sizes)}, places
+
+    def _taken(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Epoch and example id of every row of a step; int64 [b]."""
         rows = tf.range(self._rows.start, self._rows.stop, dtype=tf.int64)
         positions = step * self.batch_size + rows
         epochs = positions // len(self.index)
-        example_ids = self._order.example_ids(epochs, positions % len(self.index))
-        seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
-        row, places = self._reader.look_up(example_ids)
-        return {**row, "seeds": seeds}, places
+        return epochs, self._order.example_ids(epochs, positions % len(self.index))
 
     @as_written
     def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
         jpeg = self._reader.jpeg(stored)
         return {
-            "images": self.preprocessing.training_image(jpeg, row["seeds"]),
+            "images": self.preprocessing.training_image(jpeg, row["augmentation"]),
             "labels": row["labels"],
             "example_ids": row["example_ids"],
         }

@@ -22,12 +22,14 @@ class RecordTable:
       shard: int32 [n], index into `files`.
       offset: int64 [n], of the record in its shard, bytes.
       size: int64 [n], of the image, bytes.
+      image_size: int32 [n, 2], height and width, pixels; None: the index does not say.
     """
 
     files: tuple[str, ...]
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
+    image_size: np.ndarray | None = None
 
     @cached_property
     def ids_in_storage_order(self) -> np.ndarray:

@@ -17,7 +17,6 @@ Rows = dict[str, tf.Tensor]
 Plan = tuple[Rows, tuple[tf.Tensor, ...]]  # rows, and where their images are; all [b, ...]
 
 _PLAN_ROWS = 32
-_WHOLE_PLAN = 2**30  # a plan is at its end before
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
@@ -34,6 +33,10 @@ class FileReader:
         """The rows of these examples (int64 [b]), and their places for `rows`."""
         row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
         return row, (tf.gather(self._paths, example_ids),)
+
+    def image_sizes(self, example_ids: tf.Tensor) -> tf.Tensor | None:
+        """Height and width of the images, int32 [b, 2]; None: only their headers say."""
+        return None
 
     def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
         """Plans taken apart: a row and what `jpeg` needs for it at a time, in order."""
@@ -53,6 +56,7 @@ class RecordReader:
             self._files = tf.constant(records.files)
             self._shard = tf.constant(records.shard)
             self._offset = tf.constant(records.offset)
+            self._sizes = None if records.image_size is None else tf.constant(records.image_size)
 
     @as_written
     def look_up(self, example_ids: tf.Tensor) -> Plan:
@@ -61,36 +65,43 @@ class RecordReader:
         files = tf.gather(self._files, tf.gather(self._shard, example_ids))
         return row, (files, tf.gather(self._offset, example_ids))
 
+    def image_sizes(self, example_ids: tf.Tensor) -> tf.Tensor | None:
+        """As `FileReader.image_sizes`; None: from an index of an earlier version."""
+        return None if self._sizes is None else tf.gather(self._sizes, example_ids)
+
     def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
         """As `FileReader.rows`: reads the records, those of a few plans at a time.
 
         Not in a parallel map: op determinism, which training turns on, would make a map
         that reads records serial; interleaved record datasets it leaves parallel. A plan is
-        read by one thread: handing over record by record costs more than reading it.
+        read by one thread and handed over whole: record by record costs more than reading.
         """
         threads = os.cpu_count() or 1
         return plans.interleave(
             _rows_with_records,
             cycle_length=threads,
-            block_length=_WHOLE_PLAN,
             num_parallel_calls=threads,
             deterministic=True,
-        )
+        ).unbatch()
 
-    def jpeg(self, data: tf.Tensor) -> tf.Tensor:
-        """As `FileReader.jpeg`."""
-        return data
+    def jpeg(self, stored: tf.Tensor | tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        """As `FileReader.jpeg`, from the bytes, or those of a window and the place in it."""
+        return stored if isinstance(stored, tf.Tensor) else tf.gather(*stored)
 
 
 @as_written
 def _rows_with_records(row: Rows, places: tuple[tf.Tensor, ...]) -> tf.data.Dataset:
+    """A plan's rows with their records, one element."""
     # Functions cost more than records: one call a record, to open it, and no other.
     records = tf.data.Dataset.from_tensor_slices(places).flat_map(
         as_written(lambda file, offset: record_dataset(file, offset).take(1))
     )
+    count = tf.size(places[0], tf.int64)
     # A shard that was cut off would give fewer, and rows the images of others.
-    records = records.apply(tf.data.experimental.assert_cardinality(tf.size(places[0], tf.int64)))
-    return tf.data.Dataset.zip((tf.data.Dataset.from_tensor_slices(row), records))
+    whole = records.apply(tf.data.experimental.assert_cardinality(count))
+    return tf.data.Dataset.zip(
+        (tf.data.Dataset.from_tensors(row), whole.batch(count, drop_remainder=True))
+    )
 
 
 def example_reader(index: ExampleIndex) -> FileReader | RecordReader:

@@ -11,7 +11,7 @@ fast   decodes only the window that the crop's resampling kernel can reach: the 
 Images are RGB, float32, 0..255 minus the mean, not scaled otherwise. The `keyscubic`
 kernel may overshoot 0..255 at edges; `triangle` may not. With small images the time
 goes into the number of ops, not into pixels: hence float geometry in pairs (height,
-width) and one random op per image.
+width), for many images at once where their sizes are known beforehand.
 """
 
 from __future__ import annotations
@@ -34,19 +34,49 @@ _KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
 _CENTRE = np.nextafter(np.float32(0.5), np.float32(0.0))
 _COMPLAINT = re.compile(rb"E\d{4} .*oneDNN supports DT_INT32")
-_DRAWS = {"side": 1, "place": 2, "flip": 2, "colour": 3}
+_DRAWS = {"side": 1, "corner": 2, "flip": 2, "colour": 3}
+_PHILOX = 1
 
 
-class _Window(NamedTuple):
-    """The source pixels of a crop (first and count, int32 [2]), and where they come to lie.
+class Place(NamedTuple):
+    """Where a crop lies, whatever the size of the image; any leading dimensions.
 
-    Source position x is position x * scale + shift of the crop; float32 [2].
+    Attributes:
+      side: S, a whole number, float32 [..., 1], at least image_size.
+      corner: float32 [..., 2] in [0, 1), row and column: 0 is the first position of the
+        crop, values near 1 the last.
     """
 
-    first: tf.Tensor
-    count: tf.Tensor
+    side: tf.Tensor
+    corner: tf.Tensor
+
+
+class Window(NamedTuple):
+    """The source pixels of a crop, and where they come to lie; any leading dimensions.
+
+    Attributes:
+      box: first row and column, their numbers; int32 [..., 4].
+      scale, shift: source row y is row y * scale + shift of the crop, columns likewise;
+        float32 [..., 2 (rows, columns), 2], as `_resample_lines` takes them.
+    """
+
+    box: tf.Tensor
     scale: tf.Tensor
     shift: tf.Tensor
+
+
+class Augmentation(NamedTuple):
+    """What chance decides about an image; any leading dimensions.
+
+    Attributes:
+      crop: a window if the size of the image is known, else a place.
+      flip: bool [..., 2], of columns and never of what lies along them.
+      colour: draws for the colour shift, float32 [..., 3] in [0, 1).
+    """
+
+    crop: Place | Window
+    flip: tf.Tensor
+    colour: tf.Tensor
 
 
 @dataclass(frozen=True)
@@ -83,90 +113,94 @@ class Preprocessing:
         """Q = S, or the middle of [scale_min, scale_max] (paper section 4.1)."""
         return (self.scale_min + self.scale_max) // 2
 
-    def training_image(self, jpeg: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def augmentation(self, seeds: tf.Tensor, sizes: tf.Tensor | None) -> Augmentation:
+        """What is done to many images, at once.
+
+        Args:
+          seeds: int64 [b, 2]; the same seed gives the same augmentation, whatever the others.
+          sizes: height and width of the images, pixels, [b, 2]; None: unknown.
+        """
+        draws = tf.map_fn(
+            _uniform, seeds, fn_output_signature=tf.TensorSpec([sum(_DRAWS.values())])
+        )
+        side, corner, flip, colour = tf.split(draws, list(_DRAWS.values()), axis=1)
+        place = Place(self._shorter_side(side), corner)
+        crop = place if sizes is None else self._window(sizes, place)
+        return Augmentation(crop, flip < [0.5, 0.0], colour)
+
+    def training_image(self, jpeg: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
         """One augmented crop.
 
         Args:
           jpeg: scalar string, the bytes of the file.
-          seed: int64 [2]; the same seed gives the same crop.
+          augmentation: of this image, without leading dimensions.
         Returns:
           float32 [image_size, image_size, 3].
         Raises:
           tf.errors.InvalidArgumentError: the bytes are not a whole image.
         """
-        draws = tf.random.stateless_uniform([sum(_DRAWS.values())], seed, alg="philox")
-        side, place, flip, colour = tf.split(draws, list(_DRAWS.values()))
-        columns = self._crop(jpeg, self._shorter_side(side), place)
+        columns = self._crop(jpeg, augmentation.crop)
         if self.flip:
-            columns = tf.raw_ops.Reverse(tensor=columns, dims=flip < [0.5, 0.0])
-        return self._picture(columns, self._colour_shift(colour) - self.mean_rgb)
+            columns = tf.raw_ops.Reverse(tensor=columns, dims=augmentation.flip)
+        return self._picture(columns, self._colour_shift(augmentation.colour) - self.mean_rgb)
 
     def evaluation_image(self, jpeg: tf.Tensor, shorter_side: int) -> tf.Tensor:
         """The centre crop of the image rescaled to `shorter_side`; float32 as above."""
-        side, place = tf.constant([float(shorter_side)]), tf.constant([_CENTRE, _CENTRE])
-        return self._picture(self._crop(jpeg, side, place), -tf.constant(self.mean_rgb))
+        place = Place(tf.constant([float(shorter_side)]), tf.constant([_CENTRE, _CENTRE]))
+        return self._picture(self._crop(jpeg, place), -tf.constant(self.mean_rgb))
 
-    def _crop(self, jpeg: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
+    def _crop(self, jpeg: tf.Tensor, crop: Place | Window) -> tf.Tensor:
         """A crop of the rescaled image, in grey levels.
 
-        Args:
-          jpeg: scalar string.
-          side: S, a whole number, float32 [1], at least image_size.
-          place: float32 [2] in [0, 1), row and column: 0 is the first position of the
-            crop, values near 1 the last.
         Returns:
           float32 [image_size (columns), 3 * image_size (channels, rows)]: transposed.
         """
         if self.decode == "exact":
-            return self._crop_of_whole(jpeg, side, place)
+            return self._crop_of_whole(jpeg, crop)
         return tf.cond(  # ImageNet holds a PNG file named .JPEG, which has no window
             tf.io.is_jpeg(jpeg),
-            lambda: self._crop_of_window(jpeg, side, place),
-            lambda: self._crop_of_whole(jpeg, side, place),
+            lambda: self._crop_of_window(jpeg, crop),
+            lambda: self._crop_of_whole(jpeg, crop),
         )
 
-    def _crop_of_whole(self, jpeg: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
+    def _crop_of_whole(self, jpeg: tf.Tensor, crop: Place | Window) -> tf.Tensor:
         pixels = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-        window = self._window(tf.shape(pixels)[:2], side, place)
-        first, count = (
-            tf.pad(window.first, [[0, 1]]),
-            tf.pad(window.count, [[0, 1]], constant_values=3),
-        )
-        return self._resample(tf.slice(pixels, first, count), window)
+        if isinstance(crop, Place):
+            crop = self._window(tf.shape(pixels)[:2], crop)
+        top, left, height, width = tf.unstack(crop.box)
+        return self._resample(tf.slice(pixels, [top, left, 0], [height, width, 3]), crop)
 
-    def _crop_of_window(self, jpeg: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
-        window = self._window(tf.io.extract_jpeg_shape(jpeg)[:2], side, place)
+    def _crop_of_window(self, jpeg: tf.Tensor, crop: Place | Window) -> tf.Tensor:
+        if isinstance(crop, Place):
+            crop = self._window(tf.io.extract_jpeg_shape(jpeg)[:2], crop)
         pixels = tf.io.decode_and_crop_jpeg(
-            jpeg,
-            tf.concat([window.first, window.count], 0),
-            channels=3,
-            dct_method="INTEGER_ACCURATE",
+            jpeg, crop.box, channels=3, dct_method="INTEGER_ACCURATE"
         )
-        return self._resample(pixels, window)
+        return self._resample(pixels, crop)
 
-    def _window(self, size: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> _Window:
+    def _window(self, size: tf.Tensor, place: Place) -> Window:
         size = tf.cast(size, tf.float32)
-        rescaled = rescaled_size(size, side)
+        rescaled = rescaled_size(size, place.side)
         scale = rescaled / size
-        corner = tf.floor(place * (rescaled - (self.image_size - 1.0)))
+        corner = tf.floor(place.corner * (rescaled - (self.image_size - 1.0)))
         reach = _KERNEL_RADIUS[self.resize] * tf.maximum(1.0 / scale, 1.0) + _WINDOW_MARGIN
         first = tf.maximum(tf.floor(corner / scale - reach), 0.0)
         end = tf.minimum(tf.math.ceil((corner + self.image_size) / scale + reach), size)
-        return _Window(
-            first=tf.cast(first, tf.int32),
-            count=tf.cast(end - first, tf.int32),
-            scale=scale,
-            shift=first * scale - corner,
+        shift = first * scale - corner
+        return Window(
+            box=tf.cast(tf.concat([first, end - first], -1), tf.int32),
+            scale=tf.stack([tf.ones_like(scale), scale], -1),
+            shift=tf.stack([tf.zeros_like(shift), shift], -1),
         )
 
-    def _resample(self, pixels: tf.Tensor, window: _Window) -> tf.Tensor:
+    def _resample(self, pixels: tf.Tensor, window: Window) -> tf.Tensor:
         """out(y) = pixels((y - shift) / scale) on the crop's grid, antialiased.
 
         Returns:
           float32 [image_size (columns), 3 * image_size (channels, rows)]: transposed.
         """
         (scale_y, scale_x), (shift_y, shift_x) = map(tf.unstack, (window.scale, window.shift))
-        height, width = tf.unstack(window.count)
+        _, _, height, width = tf.unstack(window.box)
         rows = self._resample_lines(tf.reshape(pixels, [1, 1, height, -1]), scale_y, shift_y)
         columns = _transposed(tf.reshape(rows, [self.image_size, -1]))
         lines = self._resample_lines(tf.reshape(columns, [1, 1, width, -1]), scale_x, shift_x)
@@ -175,6 +209,8 @@ class Preprocessing:
     def _resample_lines(self, lines: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
         """Resamples [1, 1, n, line] along n, to float32 [1, 1, image_size, line].
 
+        Scale and shift are those of both axes, (1, scale) and (0, shift).
+
         One long line instead of a picture: with more than one row the op splits its work
         over TensorFlow's shared threads, waits for them, and takes 2 to 10 times longer
         (TensorFlow 2.21); with three values in the innermost loop it is slow as well.
@@ -182,16 +218,14 @@ class Preprocessing:
         return tf.raw_ops.ScaleAndTranslate(
             images=lines,
             size=[1, self.image_size],
-            scale=tf.stack([1.0, scale]),
-            translation=tf.stack([0.0, shift]),
+            scale=scale,
+            translation=shift,
             kernel_type=self.resize,
             antialias=True,
         )
 
     def _shorter_side(self, draw: tf.Tensor) -> tf.Tensor:
-        """S from a draw in [0, 1); float32 [1]."""
-        if self.scale_min == self.scale_max:
-            return tf.constant([float(self.scale_min)])
+        """S from draws in [0, 1); float32 of the same shape."""
         return self.scale_min + tf.floor(draw * (self.scale_max - self.scale_min + 1.0))
 
     def _colour_shift(self, draws: tf.Tensor) -> tf.Tensor:
@@ -226,6 +260,14 @@ def _transpose_once() -> None:
         tf.transpose(tf.zeros([2, 2], tf.int32))
 
 
+def _uniform(seed: tf.Tensor) -> tf.Tensor:
+    """`tf.random.stateless_uniform(…, alg="philox")` of one seed (int64 [2]), in two ops."""
+    key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+    return tf.raw_ops.StatelessRandomUniformV2(
+        shape=[sum(_DRAWS.values())], key=key, counter=counter, alg=_PHILOX
+    )
+
+
 def rescaled_size(size: tf.Tensor, shorter_side: tf.Tensor) -> tf.Tensor:
     """Height and width after the isotropic rescale.
 
@@ -233,9 +275,9 @@ def rescaled_size(size: tf.Tensor, shorter_side: tf.Tensor) -> tf.Tensor:
     nearest integer, halves to even.
 
     Args:
-      size: height and width, float32 [2].
-      shorter_side: S, float32 [1] or scalar.
+      size: height and width, float32 [..., 2].
+      shorter_side: S, float32 [..., 1] or scalar.
     Returns:
-      whole numbers, float32 [2].
+      whole numbers, float32 [..., 2].
     """
-    return tf.round(size * shorter_side / tf.reduce_min(size))
+    return tf.round(size * shorter_side / tf.reduce_min(size, axis=-1, keepdims=True))

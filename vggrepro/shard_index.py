@@ -98,6 +98,7 @@ def _table(source: Source, images: list, kept: Part) -> Part:
         "shard": kept["shard"].astype(np.int32),
         "offset": kept["offset"],
         "size": kept["size"],
+        "image_size": kept["image_size"].astype(np.int32),
         "sha256": np.ascontiguousarray(kept["sha256"]),
         "kinds": kept["kinds"].astype(np.int32),
         "path_end": np.cumsum([len(path) for path in paths], dtype=np.int64),

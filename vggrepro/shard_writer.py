@@ -13,7 +13,7 @@ import tensorflow as tf
 from safetensors.numpy import load, save
 
 from diagnostics.errors import InputError
-from vggrepro.image_inspection import KINDS, unusual
+from vggrepro.image_inspection import KINDS, read_header, unusual
 from vggrepro.preprocessing import rescaled_size
 from vggrepro.shard_plan import ShardPlan
 from vggrepro.shard_target import PARTS, ShardTarget
@@ -54,15 +54,17 @@ class Records:
     kinds: list[int] = field(default_factory=list)  # bits, see `kinds_of`
     offset: list[int] = field(default_factory=list)  # -1: skipped
     size: list[int] = field(default_factory=list)
+    image_size: list[tuple[int, int]] = field(default_factory=list)  # as stored
     sha256: list[bytes] = field(default_factory=list)
     end: int = 0  # of the shard so far, bytes
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As int64 [n] each, and sha256 as uint8 [n, 32]."""
+        """As int64 [n] each, image_size [n, 2], and sha256 as uint8 [n, 32]."""
         numbers = {
             name: np.array(getattr(self, name), np.int64)
             for name in ("image", "kinds", "offset", "size")
         }
+        numbers["image_size"] = np.array(self.image_size, np.int64).reshape(-1, 2)
         digests = np.frombuffer(b"".join(self.sha256), np.uint8).reshape(-1, 32)
         return {**numbers, "sha256": digests}
 
@@ -83,6 +85,8 @@ def finished_part(
     if part is None:
         return None
     arrays = load(part)
+    if "image_size" not in arrays:  # of an earlier version
+        return None
     skipped = arrays["offset"] < 0
     alike = all(
         recipe.action(kinds_of(bits)) == ("skip" if left_out else "convert")
@@ -136,20 +140,25 @@ def _add(
 ) -> str | None:
     """Stores or skips one image; returns why it is refused, or None."""
     data = image.read()
-    kinds = unusual(data).kinds
+    header = unusual(data)
+    kinds = header.kinds
     action = recipe.action(kinds)
     if action == "fail":
         return f"{image.path}: {', '.join(kinds)}"
     if action == "skip":
         data, offset = b"", -1
     else:
-        data, offset = resized(data, recipe.resize) if recipe.resize else data, records.end
+        if recipe.resize:
+            data = resized(data, recipe.resize)
+            header = read_header(data)
+        offset = records.end
         writer.write(data)
         records.end += len(data) + RECORD_OVERHEAD
     records.image.append(number)
     records.kinds.append(sum(_BITS[kind] for kind in kinds))
     records.offset.append(offset)
     records.size.append(len(data))
+    records.image_size.append((header.height, header.width))
     records.sha256.append(hashlib.sha256(data).digest())
     return None
 

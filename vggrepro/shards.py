@@ -2,7 +2,7 @@
 
     shards.json              the manifest: classes, splits, shards, what was found
     train-00000.tfrecord …   one record an image: the bytes of its file, nothing else
-    train.safetensors        the index: label, shard, offset, size, SHA-256, path
+    train.safetensors        the index: label, shard, offset, size, height and width, SHA-256, path
 
 An example's id is its place in the sorted list of paths, as in a directory of images;
 its place in the shards is a fixed pseudo-random permutation of that, so that any run of
@@ -155,5 +155,6 @@ def index_shards(root: str | os.PathLike[str], split: str) -> ExampleIndex:
         table["label"],
         tuple(manifest["class_names"]),
         known["fingerprint"],
-        RecordTable(files, table["shard"], table["offset"], table["size"]),
+        # Earlier builds did not write down heights and widths.
+        RecordTable(files, table["shard"], table["offset"], table["size"], table.get("image_size")),
     )

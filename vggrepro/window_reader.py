@@ -1,7 +1,8 @@
 """The records of a window order, read as a few long runs instead of one by one.
 
 A window's bytes are in memory while it is being used, and the next one's while it is
-being read: twice the window times the size of an image.
+being read: twice the window times the size of an image. An example's bytes are copied out of
+its window only where they are decoded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ _BUFFER = 2**20  # bytes at a time; runs lie far apart
 def window_records(
     order: WindowShuffle, records: RecordTable, first_position: int
 ) -> tf.data.Dataset:
-    """The bytes at every position from `first_position` on, endless; scalar strings."""
+    """Every position from `first_position` on, endless.
+
+    Returns:
+      (bytes of all records of the window, string [n]; this position's place in them, int64).
+    """
     windows_of_epoch = -(-order.count // order.window)
     epoch, place = divmod(first_position, order.count)
     first_window = epoch * windows_of_epoch + place // order.window
@@ -31,7 +36,14 @@ def window_records(
         .flat_map(runs.window)
         .prefetch(1)
     )
-    return loaded.unbatch().skip(place % order.window)
+    return loaded.flat_map(_positions).skip(place % order.window)
+
+
+@as_written
+def _positions(data: tf.Tensor, places: tf.Tensor) -> tf.data.Dataset:
+    return tf.data.Dataset.zip(
+        (tf.data.Dataset.from_tensors(data).repeat(), tf.data.Dataset.from_tensor_slices(places))
+    )
 
 
 class _Runs:
@@ -48,34 +60,34 @@ class _Runs:
 
     @as_written
     def window(self, epoch: tf.Tensor, window: tf.Tensor) -> tf.data.Dataset:
-        """One element, string [size of the window]: its records in the order of training."""
+        """One element: the window's records, string [n], and their order in training."""
         order = self._order
         first = window * order.window
         places = tf.range(first, tf.minimum(first + order.window, order.count))
         epochs = tf.fill(tf.shape(places), epoch)
-        found = order.records(epochs, places)
-        # A run is read in one go, except where it passes the end of the last shard.
-        heads = tf.where((places % SHUFFLE_RUN == 0) | (found == 0))[:, 0]
-        ends = tf.concat([heads[1:], [tf.size(places, tf.int64)]], 0)
-        runs = tf.data.Dataset.from_tensor_slices((tf.gather(found, heads), ends - heads))
         size = tf.size(places, tf.int64)
         whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
-        data = runs.flat_map(self._read).apply(whole).batch(size, drop_remainder=True)
-        return data.map(
-            as_written(lambda strings: tf.gather(strings, order.within(epochs, places) - first))
-        )
-
-    @as_written
-    def _read(self, place: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        """`count` records from a place on, which may go on in the next shards."""
-        shards, _, counts = tf.unique_with_counts(self._shard[place : place + count], tf.int64)
-        offsets = tf.concat([[self._offset[place]], tf.zeros_like(shards[1:])], 0)
-        # Each shard's own number: one that was cut off must not be made up for by the next.
         pieces = tf.data.Dataset.from_tensor_slices(
-            (tf.gather(self._files, shards), offsets, counts)
+            self._pieces(places, order.records(epochs, places))
         )
-        return pieces.flat_map(
-            as_written(
-                lambda file, offset, number: record_dataset(file, offset, _BUFFER).take(number)
-            )
-        )
+        data = pieces.flat_map(_read).apply(whole).batch(size, drop_remainder=True)
+        within = tf.data.Dataset.from_tensors(order.within(epochs, places) - first)
+        return tf.data.Dataset.zip((data, within))
+
+    def _pieces(self, places: tf.Tensor, records: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """File, offset and number of records that are read in one go; [m] each.
+
+        A run is, except where it goes on in the next shard, or passes the end of the last.
+        Each shard's own number: one that was cut off must not be made up for by the next.
+        """
+        shards = tf.gather(self._shard, records)
+        first = (places % SHUFFLE_RUN == 0) | (records == 0)
+        heads = tf.where(first | tf.concat([[True], shards[1:] != shards[:-1]], 0))[:, 0]
+        counts = tf.concat([heads[1:], [tf.size(places, tf.int64)]], 0) - heads
+        files = tf.gather(self._files, tf.gather(shards, heads))
+        return files, tf.gather(self._offset, tf.gather(records, heads)), counts
+
+
+@as_written
+def _read(file: tf.Tensor, offset: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+    return record_dataset(file, offset, _BUFFER).take(count)
