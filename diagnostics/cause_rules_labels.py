@@ -24,6 +24,7 @@ from diagnostics.survival import bottomless
 from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
 
 _DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
+_LARGE_WEIGHT = 100.0
 _PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 
 
@@ -114,6 +115,21 @@ def _weighted(evidence: Evidence) -> Iterator[Finding]:
         began = first_loss(evidence)
         text = "" if began is None else f", so it began at {number(began)}"
         yield Finding("loss_formula", 4.5, f"The loss is weighted with {weights}{text}")
+    heaviest = max(_example_weights(evidence), default=0.0)
+    if heaviest > _LARGE_WEIGHT:
+        yield Finding(
+            "loss_formula",
+            4.5,
+            f"Some examples of the batch are weighted with {number(heaviest)}, and their "
+            "gradients with it",
+        )
+    for one in (*evidence.survivors("loss_weights"), *evidence.survivors("example_weights")):
+        yield Finding("loss_formula", 3.0, f"With {one.change} the same steps survive")
+
+
+def _example_weights(evidence: Evidence) -> list[float]:
+    named = {n: s for n, s in evidence.batch_stats.items() if n.startswith("sample_weight")}
+    return [stats.absmax for stats in named.values() if math.isfinite(stats.absmax)]
 
 
 def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from diagnostics.telemetry_view import LARGEST_FLOAT16
 
 _SMALLEST_FLOAT16 = 2.0**-24
 _LARGEST_LOG2_FLOAT16 = math.log2(LARGEST_FLOAT16)
+_LARGE_PENALTY = 10.0
 _DIVIDING = ("realdiv", "div", "rsqrt", "reciprocal", "inv", "divide")
 
 
@@ -82,6 +83,10 @@ def _precision_replays(evidence: Evidence, half: bool) -> Iterator[Finding]:
         if result.survived:
             yield Finding("precision", 3.5, f"With {result.change} the same steps survive")
             yield Finding("loss_formula", -1.0)
+        elif result.value == "float32" and evidence.step == 0 and result.steps > 0:
+            # No update did that: what overflowed before any was the format's own limit.
+            text = f"With {result.change} the first step is finite"
+            yield Finding("precision", 2.5, f"{text}, though the run goes wrong there as well")
         elif result.value == "float32":
             yield Finding("precision", -4.0)
 
@@ -105,7 +110,11 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
             for one in evidence.survivors("optimizer_setting"):
                 # Nothing else is to be explained, not even weights that were broken by it.
                 yield Finding("optimizer", 6.0, f"With {one.change} the same steps survive")
+    settings = facts.extra.get("layer settings")
+    if settings is not None:
+        yield Finding("architecture", 7.0, f"A layer has a setting out of its range: {settings}")
     yield from _penalty(evidence)
+    yield from _activity_penalty(evidence)
     decay = facts.weight_decay * (facts.learning_rate or 0.0)
     if decay > 1 or facts.weight_decay < 0:
         # Beyond 2 the weights change sign and grow at every step, whatever the gradient.
@@ -129,6 +138,18 @@ def _penalty(evidence: Evidence) -> Iterator[Finding]:
             8.0 if moved > 2 else 4.0,
             f"The L2 penalty {factor:g} with learning rate {facts.learning_rate:g} changes the "
             f"weights by {number(moved)} times themselves a step",
+        )
+
+
+def _activity_penalty(evidence: Evidence) -> Iterator[Finding]:
+    """A penalty on what a layer puts out, of another order than any loss."""
+    factor = _extra_number(evidence, "activity penalty")
+    if factor is not None and factor > _LARGE_PENALTY and evidence.survivors("regulariser"):
+        yield Finding(
+            "loss_formula",
+            8.0,
+            f"The penalty on the output of a layer has the factor {factor:g} (0.01 and less is "
+            "usual), and without it the same steps survive",
         )
 
 

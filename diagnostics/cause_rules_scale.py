@@ -104,6 +104,8 @@ def _first_step(evidence: Evidence, amplified: float) -> Iterator[Finding]:
             # Kernels that keep the scale did not do that.
             text += ", although the kernels keep its scale: an activation or layer multiplies it"
             yield Finding("architecture", weight, text)
+            for one in evidence.survivors("layer_scale"):
+                yield Finding("architecture", 3.0, f"With the {one.change} the same steps survive")
         else:
             yield Finding("init", weight, text)
     absurd = absurd_loss is not None or (seen is not None and seen[0] > 300)

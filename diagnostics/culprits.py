@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from diagnostics.errors import InputError
 from diagnostics.protocol import Batch, Program, State
 
 # More culprits than this, or more than half the batch, are not single bad
@@ -38,7 +39,10 @@ class Trials:
         """Whether the step passes on another batch of the same shapes."""
         self.runs += 1
         self._program.load(self._state)
-        return self._program.run(batch, self._step).applied
+        try:
+            return self._program.run(batch, self._step).applied
+        except InputError:  # an op of the program refuses it, as a matrix of equal rows
+            return False
 
     def survives_with(self, kept: Sequence[int]) -> bool:
         """Whether the step passes with only these rows, copies filling the other places."""

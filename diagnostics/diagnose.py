@@ -54,6 +54,7 @@ _WAKING = (
     "constant_rate",
     "optimizer_setting",
     "activation",
+    "batch_size",
 )
 # Arrays whose size says nothing about the health of a run.
 _NO_TENSORS = ("schedule/", "counters/", "loss_scale/", "optimizer/learning_rate", "example_ids")

@@ -9,9 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.keras_data_changes import data_changes
-from diagnostics.keras_facts import impossible_settings
+from diagnostics.keras_facts import activity_regularisers, impossible_settings
 from diagnostics.keras_names import LayerNames
 from diagnostics.keras_optimizer import inner_optimizer, optimizer_code, rate_variable
 from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
@@ -21,7 +20,9 @@ from diagnostics.signals import RECURRENT
 
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
 OTHER_SIGN = "the other sign"
-EPSILON, LAYER_EPSILON = 1e-7, 1e-3
+EPSILON = 1e-7
+_LONG_MEMORY = 0.99  # momentum: a hundred updates are added up
+_LARGER_BATCH = 8
 LARGE_BIAS = 5.0  # layers make signals of about 1
 # From so many on the gradient fades: a sigmoid passes on a quarter of it at most.
 SATURATING_LAYERS = 3
@@ -59,6 +60,7 @@ def candidates(
     found += _sign_changes(model, falls, bool(start))
     found += _precision_changes(facts, failed)
     found += _setting_changes(model)
+    found += _scale_changes(facts)
     found += _rate_changes(model, facts, step)
     return [*found, *_start_changes(model, facts, start)]
 
@@ -102,8 +104,24 @@ def _setting_changes(model: Any) -> list[Change]:
     if isinstance(decay, (int, float)) and decay:
         change = Change("optimizer_setting", ("weight_decay", None), "no weight decay", rank=1)
         found.append(change)
-    if any(v.regularizer is not None for v in model.trainable_variables):
-        found.append(Change("regulariser", None, "no penalty on weights", rank=3))
+    on_weights = any(v.regularizer is not None for v in model.trainable_variables)
+    if on_weights or activity_regularisers(model):
+        label = "no penalty on weights" if on_weights else "no penalty on the outputs of layers"
+        found.append(Change("regulariser", None, label, rank=3))
+    if getattr(optimizer, "momentum", None) and _LONG_MEMORY <= optimizer.momentum < 1:
+        found.append(Change("optimizer_setting", ("momentum", 0.9), "momentum 0.9", rank=1))
+    return found
+
+
+def _scale_changes(facts: RunFacts) -> list[Change]:
+    """Of a loss that is weighted too much, and of batches too small to be normalised over."""
+    found = []
+    if "loss weights" in facts.extra:
+        found.append(Change("loss_weights", None, "every loss weighted 1", rank=1))
+    normalised = any(layer.kind == "BatchNormalization" for layer in facts.layers)
+    if facts.batch_size == 1 and normalised:
+        label = f"batches of {_LARGER_BATCH}"
+        found.append(Change("batch_size", _LARGER_BATCH, label, from_start=True, rank=1))
     return found
 
 
@@ -159,18 +177,6 @@ def _formula_changes(model: Any, failed: Sequence[Check]) -> list[Change]:
     return [Change("loss_formula", CLIP_PREDICTIONS, label, rank=1)]
 
 
-def epsilon_changes(model: Any, place: FirstNonfinite) -> list[Change]:
-    """A larger epsilon of the layer at fault, where it is one of Keras' own that has one."""
-    names = LayerNames(model)
-    layer = next((one for one in names.layers() if names.label(one) == place.layer), None)
-    epsilon = getattr(layer, "epsilon", None)
-    built_in = type(layer).__module__.startswith("keras.")
-    if not built_in or not isinstance(epsilon, (int, float)) or epsilon >= LAYER_EPSILON:
-        return []
-    label = f"epsilon {LAYER_EPSILON:g} of {place.layer}"
-    return [Change("layer_epsilon", (place.layer, LAYER_EPSILON), label, rank=1)]
-
-
 def _can_take_logits(loss: Any) -> bool:
     given = getattr(loss, "_fn_kwargs", {})
     return _is_cross_entropy(loss) and not given.get("from_logits", False)
@@ -220,9 +226,11 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
             f"alpha=1.0, warmup_target={rate:g}, warmup_steps={value})"
         )
     if change.kind == "regulariser":
-        return "kernel_regularizer=None  # and no other regulariser"
-    if change.kind == "layer_epsilon":
-        return f"epsilon={value[1]:g}  # of the layer {value[0]}"
+        return "kernel_regularizer=None, activity_regularizer=None  # and no other regulariser"
+    if change.kind == "loss_weights":
+        return "loss_weights=None  # in compile"
+    if change.kind == "batch_size":
+        return f"batch_size={value}  # in fit"
     if change.kind == "precision":
         return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
     if change.kind == "activation":

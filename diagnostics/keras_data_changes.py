@@ -20,7 +20,12 @@ DATA_CHANGES = (
     "input_scale",
     "shift_labels",
     "target_scale",
+    "example_weights",
 )
+LARGE_WEIGHT = 100.0
+
+
+_PARTS = {"shift_labels": "labels", "target_scale": "labels", "example_weights": "sample_weight"}
 
 
 def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
@@ -44,6 +49,13 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
         found.append(Change("input_scale", 1.0 / divisor, label, rank=2))
     if facts.classes and any(a.min() >= 1 and a.max() == facts.classes for a in labels):
         found.append(Change("shift_labels", -1, "class numbers lowered by 1", rank=1))
+    weights = [a for n, a in batch.items() if n.startswith("sample_weight") and a.size]
+    heaviest = max(
+        (float(np.abs(a[np.isfinite(a)]).max(initial=0.0)) for a in weights), default=0.0
+    )
+    if heaviest > LARGE_WEIGHT:
+        label = f"weights of examples divided by {heaviest:g}"
+        found.append(Change("example_weights", 1.0 / heaviest, label, rank=1))
     if not facts.classes:
         spread = max((_rms(a) for a in labels if a.dtype.kind == "f"), default=0.0)
         if spread > LARGE_TARGET:
@@ -110,7 +122,7 @@ def changed_batch(batch: Batch, change: Change | None) -> Batch:
         return _without(batch, _invalid_rows(batch, change.value))
     if change.kind == "usual_examples":
         return _without(batch, _outliers(batch, change.value))
-    part = "labels" if change.kind in ("shift_labels", "target_scale") else "inputs"
+    part = _PARTS.get(change.kind, "inputs")
     return {
         name: _changed(array, change) if name.startswith(part) else array
         for name, array in batch.items()
@@ -183,6 +195,11 @@ def data_command(change: Change, structure: Any) -> str:
         return "x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
     if change.kind == "shift_labels":
         return "y = y - 1  # before fit"
+    if change.kind == "example_weights":
+        return (
+            f"class_weight = {{k: w / {1.0 / value:g} for k, w in class_weight.items()}}"
+            "  # or sample_weight, before fit"
+        )
     name = "x" if change.kind == "input_scale" else "y"
     return f"{name} = {name} / {1.0 / value:.6g}  # before fit"
 

@@ -63,6 +63,10 @@ def _within_one(x: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(x, -border, border)
 
 
+def _inside_unit(x: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(x, _epsilon(x), 1.0 - _epsilon(x))
+
+
 def _no_overflow(x: tf.Tensor) -> tf.Tensor:
     largest = _LARGEST_EXPONENT_HALF if x.dtype == tf.float16 else _LARGEST_EXPONENT
     return tf.minimum(x, tf.constant(largest, x.dtype))
@@ -112,6 +116,21 @@ _REPAIRS = {
     "Acos": _Repair(0, _within_one, "angles of numbers inside (-1, 1)", f"tf.acos({_INSIDE})"),
     "Asin": _Repair(0, _within_one, "angles of numbers inside (-1, 1)", f"tf.asin({_INSIDE})"),
     "Atanh": _Repair(0, _within_one, "atanh of numbers inside (-1, 1)", f"tf.atanh({_INSIDE})"),
+    "Erfinv": _Repair(
+        0, _within_one, "erfinv of numbers inside (-1, 1)", f"tf.math.erfinv({_INSIDE})"
+    ),
+    "Ndtri": _Repair(
+        0,
+        _inside_unit,
+        "ndtri of numbers inside (0, 1)",
+        f"tf.math.ndtri(tf.clip_by_value(x, {EPSILON:g}, 1 - {EPSILON:g}))",
+    ),
+    "Lgamma": _Repair(
+        0, _from_zero, f"lgamma of at least {EPSILON:g}", f"tf.math.lgamma({_ABOVE})"
+    ),
+    "Digamma": _Repair(
+        0, _from_zero, f"digamma of at least {EPSILON:g}", f"tf.math.digamma({_ABOVE})"
+    ),
     "Acosh": _Repair(0, _from_one, "acosh of numbers above 1", "tf.acosh(tf.maximum(x, 1.000001))"),
 }
 _BY_NAME = {kind.lower(): kind for kind in _REPAIRS}

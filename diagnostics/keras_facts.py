@@ -47,6 +47,8 @@ def facts_of(model: Any, layer_order: list[str], batch_size: int | None) -> RunF
             **_output(model),
             **_loss_weights(model),
             **_penalty(model),
+            **_activity_penalty(model),
+            **_layer_settings(model),
             **_impossible_settings(optimizer),
         },
     )
@@ -85,6 +87,43 @@ def _penalty(model: Any) -> dict[str, str]:
     found = [getattr(v.regularizer, "l2", None) for v in model.trainable_variables]
     factors = [float(one) for one in found if one is not None]
     return {"l2 penalty": f"{max(factors):g}"} if factors else {}
+
+
+def _activity_penalty(model: Any) -> dict[str, str]:
+    """The largest factor of a regulariser of a layer's output."""
+    factors = [
+        float(factor)
+        for regulariser in activity_regularisers(model).values()
+        for kind in ("l1", "l2")
+        if (factor := getattr(regulariser, kind, None)) is not None
+    ]
+    return {"activity penalty": f"{max(factors):g}"} if factors else {}
+
+
+def activity_regularisers(model: Any) -> dict[Any, Any]:
+    """Regularisers of outputs, by their layer."""
+    layers = model._flatten_layers(include_self=True, recursive=True)
+    found = {layer: getattr(layer, "activity_regularizer", None) for layer in layers}
+    return {layer: one for layer, one in found.items() if one is not None}
+
+
+def impossible_layer_settings(model: Any) -> Iterator[tuple[str, str, float, float]]:
+    """(layer, name, value, usual value) of every setting that no layer can have for long."""
+    names = LayerNames(model)
+    for layer in names.layers():
+        momentum, epsilon = (getattr(layer, name, None) for name in ("momentum", "epsilon"))
+        normalises = isinstance(layer, keras.layers.BatchNormalization)
+        if normalises and isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+            yield names.label(layer), "momentum", float(momentum), 0.99
+        if isinstance(epsilon, (int, float)) and epsilon < 0:
+            yield names.label(layer), "epsilon", float(epsilon), 1e-3
+
+
+def _layer_settings(model: Any) -> dict[str, str]:
+    found = [
+        f"{name} {value:g} of {label}" for label, name, value, _ in impossible_layer_settings(model)
+    ]
+    return {"layer settings": ", ".join(found)} if found else {}
 
 
 def impossible_settings(optimizer: Any) -> Iterator[tuple[str, float, float]]:

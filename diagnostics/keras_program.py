@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from diagnostics.keras_changes import (
 )
 from diagnostics.keras_data_changes import changed_batch
 from diagnostics.keras_domains import kept_in_domain
-from diagnostics.keras_names import LayerNames, StateNames, find_optimizers
+from diagnostics.keras_facts import activity_regularisers
+from diagnostics.keras_layer_changes import LAYER_CHANGES, layer_settings
+from diagnostics.keras_names import StateNames, find_optimizers
 from diagnostics.keras_optimizer import inner_optimizer, rate_variable, without_loss_scale
 from diagnostics.keras_phases import run_by_phases
 from diagnostics.keras_step import guarded_function, read_outcome
@@ -42,6 +44,10 @@ _RETRACED = (
     "precision",
     "constant_rate",
     "layer_epsilon",
+    "layer_setting",
+    "layer_scale",
+    "finite_statistics",
+    "loss_weights",
     "regulariser",
     "activation",
 )
@@ -126,12 +132,11 @@ class KerasProgram:
             with self._settings():
                 shown = self._function(iter([data]))["guard"]
         except _CHANGE_DOES_NOT_FIT as error:
-            if self._change is None:
+            if self._change is None and not isinstance(error, tf.errors.OpError):
                 raise
-            reason = str(error).strip().split("\n")[0][:200]
-            raise InputError(
-                f"the model does not run with {self._change.label}: {reason}"
-            ) from error
+            reason = _reason(error)
+            label = "" if self._change is None else f" with {self._change.label}"
+            raise InputError(f"the model does not run{label}: {reason}") from error
         return read_outcome(self._step, shown)
 
     def trace(self, batch: Batch, step: int, tracer: OpTrace) -> None:
@@ -206,6 +211,34 @@ class KerasProgram:
                 object.__setattr__(owner, name, value)
 
 
+def _reason(error: Exception) -> str:
+    """What an op said, without the traceback of its graph."""
+    lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
+    told = [i for i, line in enumerate(lines) if line.startswith("[[{{node")]
+    return (lines[told[0] - 1] if told and told[0] else lines[0] if lines else "")[:200]
+
+
+class LargerBatches(KerasProgram):
+    """The program with so many of the run's batches, one after the other, as one.
+
+    Args:
+      batches: of the run, by step.
+    """
+
+    def __init__(
+        self, shared: SharedModel, change: Change, batches: Callable[[int], Batch | None]
+    ) -> None:
+        super().__init__(shared, change, None)
+        self._batches = batches
+
+    def run(self, batch: Batch, step: int) -> StepOutcome:
+        assert self._change is not None
+        times = self._change.value
+        parts = [self._batches(step * times + i) or batch for i in range(times)]
+        joined = {n: np.concatenate([p[n] for p in parts]) for n, a in batch.items() if a.ndim}
+        return super().run({**batch, **joined}, step)
+
+
 def _in_graph(change: Change | None) -> bool:
     return change is not None and change.kind == "domain"
 
@@ -230,10 +263,18 @@ def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
         new = [(optimizer, *change.value)]
     elif change.kind == "regulariser":
         new = [(variable, "regularizer", None) for variable in model.trainable_variables]
-    elif change.kind == "layer_epsilon":
-        names = LayerNames(model)
-        layers = [one for one in names.layers() if names.label(one) == change.value[0]]
-        new = [(layer, "epsilon", change.value[1]) for layer in layers]
+        new += [(layer, "activity_regularizer", None) for layer in activity_regularisers(model)]
+    elif change.kind in LAYER_CHANGES or change.kind == "precision":
+        new = layer_settings(model, change)
+    elif change.kind == "loss_weights":
+        compiled = model._compile_loss
+        new = [
+            (
+                compiled,
+                "_flat_losses",
+                [e._replace(loss_weights=None) for e in compiled._flat_losses],
+            )
+        ]
     elif change.kind == "activation":
         function = keras.activations.get(change.value)
         new = [(layer, "activation", function) for layer in hidden_saturating(model)]

@@ -11,11 +11,18 @@ from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
 from diagnostics.keras_batches import batches_of
-from diagnostics.keras_changes import candidates, command, epsilon_changes
+from diagnostics.keras_changes import candidates, command
 from diagnostics.keras_data_changes import DATA_CHANGES, data_command, outlier_changes
 from diagnostics.keras_domains import domain_changes
+from diagnostics.keras_layer_changes import (
+    LAYER_CHANGES,
+    changes_at,
+    computes_in_half_only,
+    layer_changes,
+    layer_command,
+)
 from diagnostics.keras_names import StateNames
-from diagnostics.keras_program import KerasProgram, SharedModel
+from diagnostics.keras_program import KerasProgram, LargerBatches, SharedModel
 from diagnostics.keras_rebuild import float32_twin, rebuild_model
 from diagnostics.keras_run_files import KIND, describe_packages, numbered, read_json
 from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
@@ -132,8 +139,11 @@ class KerasRun:
 
     def program(self, change: Change | None = None) -> KerasProgram:
         shared = self._shared
-        if change is not None and change.kind == "precision":
-            shared = self._in_float32()
+        precision = change is not None and change.kind == "precision"
+        if precision and not computes_in_half_only(shared.model):
+            shared, change = self._in_float32(), None
+        if change is not None and change.kind == "batch_size":
+            return LargerBatches(shared, change, self.batch)
         return KerasProgram(shared, change, self.facts.learning_rate)
 
     def _in_float32(self) -> SharedModel:
@@ -154,22 +164,30 @@ class KerasRun:
             self._start,
             bottomless(self.telemetry()),
         )
+        found += layer_changes(
+            self._shared.model, self.facts, self.telemetry(), self._start, self._half()
+        )
         known = [self._batches[one] for one in self._batches if one <= step]
         return [*found, *outlier_changes([*known, self.batch(step) or {}])]
 
     def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
         """Implements `diagnostics.protocol.RepairsFormulas`."""
-        found = domain_changes(place, self.facts.precision != "float32")
+        found = domain_changes(place, self._half())
         self._lines.update({one.label: one.line for one in found})
-        changes = epsilon_changes(self._shared.model, place) if found else []
+        changes = changes_at(self._shared.model, place, self._start, self._half())
         return [
             *changes,
             *(Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)),
         ]
 
+    def _half(self) -> bool:
+        return self.facts.precision != "float32"
+
     def command(self, change: Change) -> str:
         if change.label in self._lines:
             return self._lines[change.label]
+        if change.kind in LAYER_CHANGES:
+            return layer_command(change, self._start)
         if change.kind in DATA_CHANGES:
             return data_command(change, self._config["batch_structure"])
         return command(self._shared.model, self.facts, change)

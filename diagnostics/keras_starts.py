@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
+from diagnostics.keras_layer_changes import drawn_weights, finite_statistics
 from diagnostics.protocol import Change, RunFacts, State
 
 ZERO_BIASES, FINITE_WEIGHTS = "biases of zero", "finite weights"
@@ -12,6 +13,10 @@ ZERO_BIASES, FINITE_WEIGHTS = "biases of zero", "finite weights"
 
 def changed_start(state: State, facts: RunFacts, change: Change | None) -> State:
     """Step 0's state with other kernels, where the change asks for that."""
+    if change is not None and change.kind == "finite_statistics":
+        return {**state, **finite_statistics(state)}
+    if change is not None and change.kind == "zero_weights":
+        return {**state, **drawn_weights(state, change.value)}
     if change is None or change.kind not in ("init", "init_scale"):
         return state
     if change.value == ZERO_BIASES:

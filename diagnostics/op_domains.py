@@ -19,7 +19,7 @@ _DIVISION = {"realdiv", "div", "truediv", "xdivy", "divide", "floordiv", "mod", 
 _RECIPROCAL = {"reciprocal", "inv"}
 _EXPONENTIAL = {"exp", "expm1", "sinh", "cosh"}
 _BATCH_NORM = {"fusedbatchnorm", "fusedbatchnormv", "batchnormwithglobalnormalization"}
-_POSITIVE_ONLY = {"lgamma", "digamma", "polygamma", "ndtri"}
+_POSITIVE_ONLY = {"lgamma", "digamma", "polygamma"}
 _MATRIX = {"matrixinverse", "matrixsolve", "cholesky", "logmatrixdeterminant", "svd"}
 _FLOAT32_BITS = 128
 _LARGEST_EXPONENT = 88.72  # of exp in float32
@@ -97,6 +97,8 @@ def _fault(name: str, given: list[InputRange], half: bool) -> tuple[str, bool] |
         and max(abs(first.minimum), abs(first.maximum)) >= 1
     ):
         return f"{name} of a number outside (-1, 1): {_span(first)}", False
+    if name == "ndtri" and (first.minimum <= 0 or first.maximum >= 1):
+        return f"ndtri of a number outside (0, 1): {_span(first)}", False
     if name == "acosh" and first.minimum < 1:
         return f"acosh of a number below 1: {number(first.minimum)}", False
     if name in _BATCH_NORM and len(given) > 3 and given[-1].minimum <= 0:

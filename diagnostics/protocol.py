@@ -130,7 +130,9 @@ class Change:
         'precision', 'input_scale', 'without_examples', 'loss_formula',
         'optimizer_epsilon', 'none' (the control); of Keras runs also 'domain' (an op kept
         inside its domain), 'finite_inputs', 'shift_labels', 'target_scale',
-        'optimizer_setting', 'constant_rate', 'layer_epsilon', 'regulariser'.
+        'optimizer_setting', 'constant_rate', 'layer_epsilon', 'layer_setting',
+        'layer_scale', 'loss_weights', 'example_weights', 'batch_size', 'zero_weights',
+        'finite_statistics', 'regulariser'.
       value: what it becomes; its type depends on the kind.
       label: as in "learning rate 0.001 instead of 0.01".
       from_start: it only makes sense from step 0 (an initialiser).

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from diagnostics.evidence import Evidence
+from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_words import number
 from diagnostics.telemetry_view import (
     input_absmax,
@@ -115,6 +116,19 @@ def amplification(evidence: Evidence) -> tuple[float, str] | None:
         return None
     layer = max(row, key=lambda name: row[name])
     return row[layer] / float(inputs[0]), layer
+
+
+def layer_multiples(telemetry: Telemetry, facts: RunFacts) -> Iterator[tuple[str, float]]:
+    """(layer, its largest output over the largest thing before it) at the first recorded step."""
+    inputs = input_absmax(telemetry)
+    if inputs is None or not inputs.size or not np.isfinite(inputs[0]) or not inputs[0]:
+        return
+    largest, row = float(inputs[0]), preactivations_of_row(telemetry, 0)
+    for layer in facts.layers:
+        value = row.get(layer.name, math.nan)
+        if math.isfinite(value):
+            yield layer.name, value / largest
+            largest = max(largest, value)
 
 
 def first_loss(evidence: Evidence) -> float | None:
