@@ -33,6 +33,10 @@ BEYOND = {
     "Asin": (lambda x: tf.asin(x), -1.5),
     "Atanh": (lambda x: tf.atanh(x), 1.0),
     "Acosh": (lambda x: tf.acosh(x), 0.5),
+    "Erfinv": (lambda x: tf.math.erfinv(x), 1.0),
+    "Ndtri": (lambda x: tf.math.ndtri(x), 0.0),
+    "Lgamma": (lambda x: tf.math.lgamma(x), 0.0),
+    "Digamma": (lambda x: tf.math.digamma(x), 0.0),
 }
 INSIDE = {"Acosh": 3.0}
 
