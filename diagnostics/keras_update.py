@@ -18,6 +18,7 @@ import tensorflow as tf
 from diagnostics.guard import SAFE_BOUND, all_finite, exact_norm
 from diagnostics.keras_names import LayerNames, native, slot_owners
 from diagnostics.keras_norms import CarriedNorms, Norms
+from diagnostics.keras_products import gradient_square, square
 from diagnostics.keras_readings import second_reading
 
 # With an epsilon > 0 in the denominator these move a weight by at most
@@ -152,7 +153,9 @@ def _fast_sight(
     def norms(kind: str) -> tf.Tensor:
         return tf.stack([fast_norm(getattr(group, kind)) for group in groups])
 
-    gradients = norms("gradients")
+    gradients = tf.stack(
+        [tf.sqrt(tf.add_n([gradient_square(g) for g in group.gradients])) for group in groups]
+    )
     if carried is None:
         weights = norms("weights")
         norm = Norms(gradients, weights, norms("slots"), weights, gradients)
@@ -298,10 +301,8 @@ def proven_finite(optimizer: Any, norm: Norms) -> tf.Tensor:
 
 def fast_norm(tensors: Sequence[Any]) -> tf.Tensor:
     """L2 norm, float32; not finite if any element is not, or if a square overflowed."""
-    if not tensors:
-        return tf.constant(0.0)
-    return tf.sqrt(
-        2.0 * tf.add_n([tf.nn.l2_loss(single(tf.convert_to_tensor(t))) for t in tensors])
+    return (
+        tf.sqrt(tf.add_n([square(tensor) for tensor in tensors])) if tensors else tf.constant(0.0)
     )
 
 

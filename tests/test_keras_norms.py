@@ -13,6 +13,7 @@ from keras_models import BATCH, FEATURES, compiled, data, mlp
 from diagnostics import NumericGuard
 from diagnostics.incident import read_incident
 from diagnostics.keras_norms import READ_EVERY, Norms
+from diagnostics.keras_products import gradient_square
 from diagnostics.keras_update import reached_norms
 
 OPTIMIZERS = {
@@ -89,6 +90,29 @@ def test_bounds_hold_over_a_fit_that_reads_now_and_then(tmp_path, name):
     column = shown.rows[:, list(shown.columns).index("first/weight_norm")]
     readings = 1 + np.count_nonzero(np.diff(column))
     assert len(column) // READ_EVERY <= readings < len(column) / 2
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 33])
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15, 1e25, np.nan, np.inf])
+def test_the_norm_of_a_large_gradient_follows_from_its_factors(rows, scale):
+    """Of rows that cancel too; beyond its bound, and if not finite, it is not finite."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(rows, 1024)).astype(np.float32)
+    x[1::2] = x[: rows // 2]
+    d = draw.normal(size=(rows, 1024)).astype(np.float32)
+    d[1::2] = -(1 + 1e-3) * d[: rows // 2]
+    d[0, 3] *= scale
+
+    @tf.function
+    def both(x, d):
+        gradient = tf.matmul(x, d, transpose_a=True)
+        return gradient_square(gradient), tf.norm(tf.cast(gradient, tf.float64)), gradient
+
+    square, norm, gradient = both(x, d)
+    if np.isfinite(gradient).all() and float(norm) < 1e17:
+        assert np.sqrt(square) == pytest.approx(float(norm), rel=1e-4)
+    else:
+        assert not np.isfinite(square) or float(square) > 1e34
 
 
 class Meddling(keras.callbacks.Callback):
