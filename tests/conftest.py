@@ -57,6 +57,19 @@ def budgets_are_of_cpu_time(monkeypatch):
     monkeypatch.setattr("diagnostics.counterfactual.time", idle)
 
 
+@pytest.fixture
+def without_op_determinism():
+    """Which other tests of the process may have turned on: Keras uses no XLA under it."""
+    import tensorflow as tf
+    from tensorflow.python.framework import config
+
+    on = config.is_op_determinism_enabled()
+    config.disable_op_determinism()
+    yield
+    if on:
+        tf.config.experimental.enable_op_determinism()
+
+
 @pytest.fixture(scope="module")
 def shared_training():
     """The module's runs of one kind share a compiled step; test_kill_resume.py's never do."""

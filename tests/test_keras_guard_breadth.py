@@ -403,6 +403,7 @@ def test_data_of_unknown_length(tmp_path):
     assert guarded.bits() == plain.bits() and guarded.guard.step == 12
 
 
+@pytest.mark.usefixtures("without_op_determinism")
 def test_xla(tmp_path):
     def build() -> keras.Model:
         layers = [L.Dense(4, activation="relu", name="first"), L.BatchNormalization(name="norm")]
@@ -418,6 +419,7 @@ def test_xla(tmp_path):
     stopped_halfway(build, poisoned(3), tmp_path / "b", plain.halfway)
 
 
+@pytest.mark.usefixtures("without_op_determinism")
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_xla_with_several_steps_an_execution(tmp_path, policy):
     def build() -> keras.Model:

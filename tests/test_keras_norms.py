@@ -194,6 +194,7 @@ def scaled_apart() -> keras.Model:
     return model
 
 
+@pytest.mark.usefixtures("without_op_determinism")
 @pytest.mark.parametrize(("build", "bounded"), [(mlp, True), (scaled_apart, False)])
 def test_under_xla_weights_are_bounded_too_or_else_looked_at(tmp_path, build, bounded):
     weights = []
@@ -207,6 +208,7 @@ def test_under_xla_weights_are_bounded_too_or_else_looked_at(tmp_path, build, bo
     assert guard._guarded.bounds.active is bounded
 
 
+@pytest.mark.usefixtures("without_op_determinism")
 @pytest.mark.parametrize("target", ["weights", "slots"])
 def test_under_xla_a_refused_step_is_looked_at(tmp_path, target):
     guard = NumericGuard(tmp_path / "run")
