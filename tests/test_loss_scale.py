@@ -97,7 +97,9 @@ def test_a_skip_tells_the_gradients_at_scale_one(step):
     step.load(scaled(1.0))
     _, plain = run(step)
     assert skipped["skipped"] == 1 and plain["skipped"] == 0
-    assert skipped["grad_norm"] == plain["grad_norm"] > 0
+    # The look at every element sums in another order than the glance that is enough elsewhere.
+    assert skipped["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-6)
+    assert plain["grad_norm"] > 0
 
 
 def test_without_the_skip_the_same_step_would_be_refused(step, monkeypatch):

@@ -17,6 +17,7 @@ from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
 from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
+from vggrepro.resampling import compiled_op
 from vggrepro.shards import check_sizes, holds_shards, index_shards, read_manifest
 from vggrepro.statistics import ColourStatistics, training_statistics
 from vggrepro.storage import is_url
@@ -31,7 +32,8 @@ class DataSource:
 
     Attributes:
       record: what the manifest keeps: fingerprints, counts, colour statistics, and
-        whether the stored images are smaller than the originals (a deviation).
+        whether the stored images are smaller than the originals (a deviation), and what
+        resamples them (the bits are the same).
     """
 
     training: TrainingStream
@@ -134,6 +136,7 @@ def open_data(
             "classes_sha256": train.classes_sha256,
             "colours": colours.to_dict(),
             "resized": stored_resize(root),
+            "resampling": "tensorflow" if compiled_op() is None else "compiled",
         },
     )
 

@@ -16,24 +16,21 @@ width), for many images at once where their sizes are known beforehand.
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from vggrepro import quiet_import
+from vggrepro.resampling import KERNEL_RADIUS, Crop, Window, compiled_op
 
 # A window is wider than the kernel needs by this many source pixels: JPEG decoders
 # interpolate subsampled chroma from neighbours that a window cuts off. Its outermost two
 # pixels may differ from the whole image's, no others do.
 _WINDOW_MARGIN = 2.0
-_KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
 _CENTRE = np.nextafter(np.float32(0.5), np.float32(0.0))
-_COMPLAINT = re.compile(rb"E\d{4} .*oneDNN supports DT_INT32")
+# The second draw of flip is of no use: earlier runs drew it.
 _DRAWS = {"side": 1, "corner": 2, "flip": 2, "colour": 3}
 _PHILOX = 1
 
@@ -51,26 +48,12 @@ class Place(NamedTuple):
     corner: tf.Tensor
 
 
-class Window(NamedTuple):
-    """The source pixels of a crop, and where they come to lie; any leading dimensions.
-
-    Attributes:
-      box: first row and column, their numbers; int32 [..., 4].
-      scale, shift: source row y is row y * scale + shift of the crop, columns likewise;
-        float32 [..., 2 (rows, columns), 2], as `_resample_lines` takes them.
-    """
-
-    box: tf.Tensor
-    scale: tf.Tensor
-    shift: tf.Tensor
-
-
 class Augmentation(NamedTuple):
     """What chance decides about an image; any leading dimensions.
 
     Attributes:
       crop: a window if the size of the image is known, else a place.
-      flip: bool [..., 2], of columns and never of what lies along them.
+      flip: whether left and right change places, bool [...].
       colour: draws for the colour shift, float32 [..., 3] in [0, 1).
     """
 
@@ -106,7 +89,7 @@ class Preprocessing:
     colour_components: tuple[tuple[float, float, float], ...]
 
     def __post_init__(self) -> None:
-        _transpose_once()
+        compiled_op()  # now: not in the middle of tracing a graph
 
     @property
     def evaluation_side(self) -> int:
@@ -126,7 +109,7 @@ class Preprocessing:
         side, corner, flip, colour = tf.split(draws, list(_DRAWS.values()), axis=1)
         place = Place(self._shorter_side(side), corner)
         crop = place if sizes is None else self._window(sizes, place)
-        return Augmentation(crop, flip < [0.5, 0.0], colour)
+        return Augmentation(crop, flip[:, 0] < 0.5, colour)
 
     def training_image(self, jpeg: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
         """One augmented crop.
@@ -139,89 +122,57 @@ class Preprocessing:
         Raises:
           tf.errors.InvalidArgumentError: the bytes are not a whole image.
         """
-        columns = self._crop(jpeg, augmentation.crop)
-        if self.flip:
-            columns = tf.raw_ops.Reverse(tensor=columns, dims=augmentation.flip)
-        return self._picture(columns, self._colour_shift(augmentation.colour) - self.mean_rgb)
+        flip = augmentation.flip if self.flip else tf.constant(False)
+        rgb = self._colour_shift(augmentation.colour) - self.mean_rgb
+        return self._crop(jpeg, augmentation.crop, flip, rgb)
 
     def evaluation_image(self, jpeg: tf.Tensor, shorter_side: int) -> tf.Tensor:
         """The centre crop of the image rescaled to `shorter_side`; float32 as above."""
         place = Place(tf.constant([float(shorter_side)]), tf.constant([_CENTRE, _CENTRE]))
-        return self._picture(self._crop(jpeg, place), -tf.constant(self.mean_rgb))
+        return self._crop(jpeg, place, tf.constant(False), -tf.constant(self.mean_rgb))
 
-    def _crop(self, jpeg: tf.Tensor, crop: Place | Window) -> tf.Tensor:
-        """A crop of the rescaled image, in grey levels.
-
-        Returns:
-          float32 [image_size (columns), 3 * image_size (channels, rows)]: transposed.
-        """
+    def _crop(
+        self, jpeg: tf.Tensor, crop: Place | Window, flip: tf.Tensor, rgb: tf.Tensor
+    ) -> tf.Tensor:
+        """A crop of the rescaled image plus a colour; float32 [image_size, image_size, 3]."""
         if self.decode == "exact":
-            return self._crop_of_whole(jpeg, crop)
-        return tf.cond(  # ImageNet holds a PNG file named .JPEG, which has no window
-            tf.io.is_jpeg(jpeg),
-            lambda: self._crop_of_window(jpeg, crop),
-            lambda: self._crop_of_whole(jpeg, crop),
-        )
+            pixels, window = self._whole(jpeg, crop)
+        else:
+            pixels, window = tf.cond(  # ImageNet holds a PNG named .JPEG, which has no window
+                tf.io.is_jpeg(jpeg),
+                lambda: self._window_alone(jpeg, crop),
+                lambda: self._whole(jpeg, crop),
+            )
+        return Crop(self.image_size, self.resize).of(pixels, window, flip, rgb)
 
-    def _crop_of_whole(self, jpeg: tf.Tensor, crop: Place | Window) -> tf.Tensor:
+    def _whole(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
+        """The image and the crop's window in it."""
         pixels = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
         if isinstance(crop, Place):
             crop = self._window(tf.shape(pixels)[:2], crop)
-        top, left, height, width = tf.unstack(crop.box)
-        return self._resample(tf.slice(pixels, [top, left, 0], [height, width, 3]), crop)
+        return pixels, crop
 
-    def _crop_of_window(self, jpeg: tf.Tensor, crop: Place | Window) -> tf.Tensor:
+    def _window_alone(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
+        """The window's pixels and the window in these."""
         if isinstance(crop, Place):
             crop = self._window(tf.io.extract_jpeg_shape(jpeg)[:2], crop)
         pixels = tf.io.decode_and_crop_jpeg(
             jpeg, crop.box, channels=3, dct_method="INTEGER_ACCURATE"
         )
-        return self._resample(pixels, crop)
+        return pixels, crop._replace(box=crop.box * [0, 0, 1, 1])
 
     def _window(self, size: tf.Tensor, place: Place) -> Window:
         size = tf.cast(size, tf.float32)
         rescaled = rescaled_size(size, place.side)
         scale = rescaled / size
         corner = tf.floor(place.corner * (rescaled - (self.image_size - 1.0)))
-        reach = _KERNEL_RADIUS[self.resize] * tf.maximum(1.0 / scale, 1.0) + _WINDOW_MARGIN
+        reach = KERNEL_RADIUS[self.resize] * tf.maximum(1.0 / scale, 1.0) + _WINDOW_MARGIN
         first = tf.maximum(tf.floor(corner / scale - reach), 0.0)
         end = tf.minimum(tf.math.ceil((corner + self.image_size) / scale + reach), size)
-        shift = first * scale - corner
         return Window(
             box=tf.cast(tf.concat([first, end - first], -1), tf.int32),
-            scale=tf.stack([tf.ones_like(scale), scale], -1),
-            shift=tf.stack([tf.zeros_like(shift), shift], -1),
-        )
-
-    def _resample(self, pixels: tf.Tensor, window: Window) -> tf.Tensor:
-        """out(y) = pixels((y - shift) / scale) on the crop's grid, antialiased.
-
-        Returns:
-          float32 [image_size (columns), 3 * image_size (channels, rows)]: transposed.
-        """
-        (scale_y, scale_x), (shift_y, shift_x) = map(tf.unstack, (window.scale, window.shift))
-        _, _, height, width = tf.unstack(window.box)
-        rows = self._resample_lines(tf.reshape(pixels, [1, 1, height, -1]), scale_y, shift_y)
-        columns = _transposed(tf.reshape(rows, [self.image_size, -1]))
-        lines = self._resample_lines(tf.reshape(columns, [1, 1, width, -1]), scale_x, shift_x)
-        return tf.reshape(lines, [self.image_size, 3 * self.image_size])
-
-    def _resample_lines(self, lines: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
-        """Resamples [1, 1, n, line] along n, to float32 [1, 1, image_size, line].
-
-        Scale and shift are those of both axes, (1, scale) and (0, shift).
-
-        One long line instead of a picture: with more than one row the op splits its work
-        over TensorFlow's shared threads, waits for them, and takes 2 to 10 times longer
-        (TensorFlow 2.21); with three values in the innermost loop it is slow as well.
-        """
-        return tf.raw_ops.ScaleAndTranslate(
-            images=lines,
-            size=[1, self.image_size],
             scale=scale,
-            translation=shift,
-            kernel_type=self.resize,
-            antialias=True,
+            shift=first * scale - corner,
         )
 
     def _shorter_side(self, draw: tf.Tensor) -> tf.Tensor:
@@ -235,29 +186,6 @@ class Preprocessing:
         components = 255.0 * self.colour_shift * np.array(self.colour_components, np.float32)
         # Draws are multiples of 2^-23 from 0 on; the half step keeps ndtri finite.
         return tf.reduce_sum(components * tf.math.ndtri(draws + 2.0**-24), axis=1)
-
-    def _picture(self, columns: tf.Tensor, rgb: tf.Tensor) -> tf.Tensor:
-        """Turns transposed columns upright and adds a colour: [image_size, image_size, 3]."""
-        side = self.image_size
-        rows = _transposed(tf.reshape(columns, [3 * side, side]))
-        # By whole rows: broadcasting over an innermost dimension of 3 is 5 times slower.
-        return tf.reshape(rows + tf.tile(rgb, [side]), [side, side, 3])
-
-
-def _transposed(matrix: tf.Tensor) -> tf.Tensor:
-    """A float32 matrix, transposed by this thread alone.
-
-    As integers: for floats TensorFlow 2.21 on the CPU calls oneDNN, which hands the work to
-    TensorFlow's shared threads and waits for them; half of the time went there.
-    """
-    return tf.bitcast(tf.transpose(tf.bitcast(matrix, tf.int32)), tf.float32)
-
-
-@functools.cache
-def _transpose_once() -> None:
-    """oneDNN complains of integers once a process, though others then do the work."""
-    with quiet_import.without_lines(_COMPLAINT), tf.init_scope(), tf.device("/CPU:0"):
-        tf.transpose(tf.zeros([2, 2], tf.int32))
 
 
 def _uniform(seed: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,142 @@
+"""The compiled crop against TensorFlow's ops, and life without a compiler."""
+
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from jpeg_samples import pixels
+
+from vggrepro import compiled_crop, resampling
+from vggrepro.resampling import KERNEL_RADIUS, Crop, Window
+
+needs_op = pytest.mark.skipif(
+    compiled_crop.library() is None, reason="no C compiler here that can make the op"
+)
+RGB = tf.constant([-123.7, 0.0, 3.25])
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[np.ndarray, list[int]]:
+    """An image and a window of it."""
+    height, width = draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    rows, columns = draw(st.integers(1, height - top)), draw(st.integers(1, width - left))
+    return pixels(height, width, draw(st.integers(0, 2**16))), [top, left, rows, columns]
+
+
+def window(box: list[int], scale: tuple[float, float], shift: tuple[float, float]) -> Window:
+    return Window(tf.constant(box), tf.constant(scale), tf.constant(shift))
+
+
+@pytest.mark.skipif(
+    shutil.which("gcc") is None or "CC" in os.environ, reason="no GCC here, or CC tells otherwise"
+)
+def test_gcc_compiles_it() -> None:
+    """Without this the tests below could all be skipped unnoticed."""
+    assert compiled_crop.library() is not None
+
+
+@needs_op
+@given(
+    boxes(), st.integers(1, 70), st.sampled_from(sorted(KERNEL_RADIUS)), st.booleans(),
+    st.tuples(*[st.floats(0.0625, 4.0, width=32)] * 2),
+    st.tuples(*[st.floats(-20.0, 20.0, width=32)] * 2),
+)  # fmt: skip
+def test_the_compiled_op_has_the_bits_of_tensorflow(
+    source: tuple, side: int, kernel: str, flip: bool, scale: tuple, shift: tuple
+) -> None:
+    """Crops that reach beyond the window too, where there is nothing but the colour."""
+    image, box = source
+    own = tf.constant(image), window(box, scale, shift), tf.constant(flip), RGB
+    assert resampling.compiled_op() is not None
+    found = Crop(side, kernel).of(*own).numpy()
+    assert found.shape == (side, side, 3)
+    assert found.tobytes() == Crop(side, kernel).with_tensorflow(*own).numpy().tobytes()
+
+
+@needs_op
+@pytest.mark.parametrize("box", [[-1, 0, 4, 4], [0, -1, 4, 4], [0, 0, 11, 4], [0, 7, 4, 4]])
+def test_a_window_outside_the_image_is_an_error(box: list[int]) -> None:
+    own = window(box, (1.0, 1.0), (0.0, 0.0)), tf.constant(False), RGB
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not inside the image"):
+        Crop(4, "triangle").of(tf.zeros([10, 10, 3], tf.uint8), *own)
+
+
+@needs_op
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ({"pixels": tf.zeros([4, 4, 4], tf.uint8)}, r"not \[height, width, 3\]"),
+        ({"rgb": tf.zeros([4])}, "another size"),
+        ({"side": 0}, "at least 1"),
+    ],
+)
+def test_the_op_refuses_what_it_would_misread(fault: dict, complaint: str) -> None:
+    box, scale, shift = window([0, 0, 4, 4], (1.0, 1.0), (0.0, 0.0))
+    given = {
+        "pixels": tf.zeros([4, 4, 3], tf.uint8), "box": box, "scale": scale, "shift": shift,
+        "flip": tf.constant(False), "rgb": RGB, "side": 2, "cubic": False,
+    }  # fmt: skip
+    op = resampling.compiled_op()
+    assert op is not None
+    with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
+        op(**{**given, **fault})
+
+
+@pytest.fixture
+def no_op_yet(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """As in a new process of a user who never compiled it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    resampling._tried_op.cache_clear()
+    yield tmp_path
+    resampling._tried_op.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["", "false", "no-such-compiler"])
+def test_without_a_compiler_tensorflow_does_it(
+    no_op_yet, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert resampling.compiled_op() is None
+    image = tf.constant(pixels(20, 30, seed=0))
+    own = window([1, 2, 18, 20], (0.5, 0.5), (0.0, 0.0)), tf.constant(True), RGB
+    found = Crop(8, "triangle").of(image, *own)
+    assert np.array_equal(found, Crop(8, "triangle").with_tensorflow(image, *own))
+
+
+@needs_op
+def test_it_is_compiled_once_and_kept(no_op_yet, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled_crop.library()
+    assert first is not None and [*(no_op_yet / "vggrepro").iterdir()] == [first]
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(subprocess, "run", refused)
+    assert compiled_crop.library() == first
+
+
+def test_a_home_that_cannot_be_written_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiled_crop.load() is None
+
+
+@needs_op
+def test_an_op_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that fuses products and sums rounds otherwise."""
+    op = resampling.compiled_op()
+    assert op is not None and resampling._agrees(op)
+    resampling._tried_op.cache_clear()
+    monkeypatch.setattr(
+        compiled_crop, "load", lambda: lambda *a, **k: op(*a, **k) * (1.0 + 2.0**-23)
+    )
+    assert resampling.compiled_op() is None
+    resampling._tried_op.cache_clear()

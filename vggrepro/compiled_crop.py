@@ -1,0 +1,80 @@
+"""`compiled_crop.c` as a TensorFlow op, where there is a C compiler.
+
+Compiled once for a source, a TensorFlow and a compiler, in a second, and kept under
+$XDG_CACHE_HOME/vggrepro. Without a compiler, or with one that fails (CC=false turns it
+off), TensorFlow's own ops do the same with the same bits, see `vggrepro.resampling`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow as tf
+
+_SOURCE = Path(__file__).with_name("compiled_crop.c")
+# Contraction would fuse a product and a sum into one rounding: other bits.
+_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")
+_PATIENCE = 60  # seconds
+
+
+def load() -> Callable[..., tf.Tensor] | None:
+    """The op; None: the machine cannot compile or load it."""
+    path = library()
+    if path is None:
+        return None
+    try:
+        return tf.load_op_library(str(path)).vggrepro_resampled_crop
+    except tf.errors.OpError:
+        return None
+
+
+def library() -> Path | None:
+    """The shared library with the op, if need be made now; None: it cannot be made or kept."""
+    command = _command()
+    if command is None:
+        return None
+    try:
+        return _made(command)
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home
+        return None
+
+
+def _command() -> list[str] | None:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        return None
+    return [
+        *(*compiler, *_FLAGS, f"-I{tf.sysconfig.get_include()}", str(_SOURCE)),
+        *(*tf.sysconfig.get_link_flags(), "-lm"),
+    ]
+
+
+def _made(command: list[str]) -> Path:
+    """The library that the command makes."""
+    key = "\0".join([*command, tf.__version__, _SOURCE.read_text("utf-8")])
+    name = f"compiled_crop-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = _cache() / name
+    if not path.exists():
+        # Compiled beside and renamed: another process may be at it as well.
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            made = Path(temporary) / name
+            subprocess.run(
+                [*command, "-o", str(made)], check=True, capture_output=True, timeout=_PATIENCE
+            )
+            made.replace(path)
+    return path
+
+
+def _cache() -> Path:
+    """A directory of this user's own: what lies in it is loaded into the process."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = base / "vggrepro"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
