@@ -11,7 +11,7 @@ stateful random ops of plain TensorFlow take turns; ours has none.
 Then the same images from shards: cold and warm, the first batch at step 0 and 300,000, the
 rate of `data build`; with --entries N, index, order and memory of N tiny images.
 
-Usage: python benchmarks/input_pipeline.py [--size demo|photographs|both|none] [--rounds N]
+Usage: python benchmarks/input_pipeline.py [--size demo|photographs|jitter|all|none] [--rounds N]
        [--entries N]
 """
 
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -35,6 +36,7 @@ import tensorflow as tf
 from interleaved import BATCH, Cost, Run, cost_since, measure, table_of, timing
 from rich.console import Console
 
+from vggrepro import resampling
 from vggrepro.dataset import TrainingStream
 from vggrepro.environment import describe_environment
 from vggrepro.example_index import ExampleIndex
@@ -53,12 +55,14 @@ class Size:
     name: str
     image_size: int
     scale: int
+    largest_scale: int
     images: int
 
 
 SIZES = {
-    "demo": Size("40 to 130 px to 32 px, shorter side 37", 32, 37, 3200),
-    "photographs": Size("500x375 to 224 px, shorter side 256", 224, 256, 384),
+    "demo": Size("40 to 130 px to 32 px, shorter side 37", 32, 37, 37, 3200),
+    "photographs": Size("500x375 to 224 px, shorter side 256", 224, 256, 256, 384),
+    "jitter": Size("500x375 to 224 px, shorter side 256 to 512", 224, 256, 512, 384),
 }
 
 
@@ -83,7 +87,7 @@ def settings(size: Size, decode: str) -> Preprocessing:
     return Preprocessing(
         image_size=size.image_size,
         scale_min=size.scale,
-        scale_max=size.scale,
+        scale_max=size.largest_scale,
         flip=True,
         colour_shift=0.1,
         resize="triangle",
@@ -95,6 +99,12 @@ def settings(size: Size, decode: str) -> Preprocessing:
 
 def ours(index: ExampleIndex, preprocessing: Preprocessing) -> Run:
     return timing(TrainingStream(index, preprocessing, BATCH, seed=0).stream(0))
+
+
+def ours_without_compiler(index: ExampleIndex, preprocessing: Preprocessing) -> Run:
+    """As on a machine that has no C compiler."""
+    with mock.patch.object(resampling, "compiled_ops", lambda: None):
+        return ours(index, preprocessing)
 
 
 def with_tensorflow(index: ExampleIndex, process: Callable[[tf.Tensor], tf.Tensor]) -> Run:
@@ -133,40 +143,15 @@ def cut_out(size: Size) -> Callable[[tf.Tensor], tf.Tensor]:
     return process
 
 
-def least_work(size: Size) -> Callable[[tf.Tensor], tf.Tensor]:
-    """A bound from below: the centre window decoded, then the two passes of antialiased
-    resampling and nothing else, neither the transpositions between them nor the colours."""
-
-    def process(jpeg: tf.Tensor) -> tf.Tensor:
-        side = size.image_size
-        shape = tf.io.extract_jpeg_shape(jpeg)[:2]
-        scale = size.scale / tf.cast(tf.reduce_min(shape), tf.float32)
-        count = tf.cast(tf.math.ceil(side / scale), tf.int32)
-        window = tf.stack([*tf.unstack((shape - count) // 2), count, count])
-        pixels = tf.io.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method="INTEGER_ACCURATE")
-        lines = tf.reshape(pixels, [1, 1, count, 3 * count])
-        for _ in range(2):
-            lines = tf.raw_ops.ScaleAndTranslate(
-                images=lines,
-                size=[1, side],
-                scale=tf.stack([1.0, scale]),
-                translation=[0.0, 0.0],
-                kernel_type="triangle",
-                antialias=True,
-            )
-            lines = tf.reshape(lines, [1, 1, -1, 3 * side])
-        return tf.reshape(lines, [side, side, 3])
-
-    return process
-
-
 def plain_tensorflow(size: Size, antialias: bool) -> Callable[[tf.Tensor], tf.Tensor]:
     """Decode, rescale, random crop, flip, mean: as the tutorials do."""
 
     def process(jpeg: tf.Tensor) -> tf.Tensor:
         image = decode(jpeg)
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
-        rescaled = tf.cast(tf.round(shape * size.scale / tf.reduce_min(shape)), tf.int32)
+        scale = tf.random.uniform([], size.scale, size.largest_scale + 1, tf.int32)
+        rescaled = shape * tf.cast(scale, tf.float32) / tf.reduce_min(shape)
+        rescaled = tf.cast(tf.round(rescaled), tf.int32)
         image = tf.image.resize(image, rescaled, antialias=antialias)
         image = tf.image.random_crop(image, [size.image_size, size.image_size, 3])
         return tf.image.random_flip_left_right(image) - tf.constant(MEAN_RGB)
@@ -184,7 +169,7 @@ def with_pillow(index: ExampleIndex, size: Size) -> Run | None:
 
     def one(path: str) -> np.ndarray:
         image = Image.open(f"{index.root}/{path}").convert("RGB")
-        factor = size.scale / min(image.size)
+        factor = random.integers(size.scale, size.largest_scale + 1) / min(image.size)
         width, height = (round(side * factor) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         left = int(random.integers(width - size.image_size + 1))
@@ -213,7 +198,7 @@ def variants(index: ExampleIndex, size: Size) -> dict[str, Run]:
         "ours, exact": ours(index, settings(size, "exact")),
         "ours, fast": ours(index, settings(size, "fast")),
         "ours, exact, keyscubic": ours(index, cubic),
-        "window, two passes (bound)": with_tensorflow(index, least_work(size)),
+        "ours, exact, no compiler": ours_without_compiler(index, settings(size, "exact")),
         "plain TensorFlow": with_tensorflow(index, plain_tensorflow(size, antialias=False)),
         "plain TensorFlow, antialias": with_tensorflow(index, plain_tensorflow(size, True)),
     }
@@ -253,7 +238,7 @@ def report_storage(console: Console, folder: Path, shards: Path, rounds: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=[*SIZES, "both", "none"], default="photographs")
+    parser.add_argument("--size", choices=[*SIZES, "all", "none"], default="photographs")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--entries", type=int, default=0, help="a multiple of 1000")
     options = parser.parse_args()
@@ -263,11 +248,14 @@ def main() -> None:
     console.print(f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['cpu_flags']}")
     console.print(environment["packages"])
     with tempfile.TemporaryDirectory() as temporary:
-        if options.size in ("demo", "both"):
+        if options.size in ("demo", "all"):
             report(console, SIZES["demo"], ensure_synthetic(f"{temporary}/demo"), options.rounds)
-        if options.size in ("photographs", "both"):
+        if options.size not in ("demo", "none"):
             folder = photographs(Path(temporary) / "photographs")
-            report(console, SIZES["photographs"], folder, options.rounds)
+        for name in ("photographs", "jitter"):
+            if options.size in (name, "all"):
+                report(console, SIZES[name], folder, options.rounds)
+        if options.size in ("photographs", "all"):
             report_storage(console, folder, Path(temporary) / "shards", options.rounds)
         if options.entries:
             storage_cost.report_entries(console, options.entries, Path(temporary) / "entries")

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from jpeg_samples import IMAGENET_COLOUR, augmented, jpeg, jpegs, pixels, settings
 
-from vggrepro.preprocessing import Place, Preprocessing, rescaled_size
+from vggrepro.preprocessing import Place, Preprocessing
+from vggrepro.resampling import rescaled_size
 
 # Grey levels of 255. Rounding of positions in float32 moves a sample by up to 1e-4 pixels.
 TOLERANCE = 0.05

@@ -23,8 +23,8 @@ from vggrepro.evaluation_record import PROTOCOLS
 from vggrepro.initializers import initial_parameters
 from vggrepro.model import network_of
 from vggrepro.posteriors import PosteriorMean
-from vggrepro.preprocessing import rescaled_size
 from vggrepro.protocols import CompiledNet
+from vggrepro.resampling import rescaled_size
 from vggrepro.run_directory import RunDirectory
 from vggrepro.whole_images import WholeImages, image_sizes, rescaled_sizes
 

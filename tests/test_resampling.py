@@ -14,7 +14,7 @@ from jpeg_samples import pixels
 from vggrepro import compiled_crop, resampling
 from vggrepro.resampling import KERNEL_RADIUS, Crop, Window
 
-needs_op = pytest.mark.skipif(
+needs_ops = pytest.mark.skipif(
     compiled_crop.library() is None, reason="no C compiler here that can make the op"
 )
 RGB = tf.constant([-123.7, 0.0, 3.25])
@@ -41,7 +41,7 @@ def test_gcc_compiles_it() -> None:
     assert compiled_crop.library() is not None
 
 
-@needs_op
+@needs_ops
 @given(
     boxes(), st.integers(1, 70), st.sampled_from(sorted(KERNEL_RADIUS)), st.booleans(),
     st.tuples(*[st.floats(0.0625, 4.0, width=32)] * 2),
@@ -53,13 +53,31 @@ def test_the_compiled_op_has_the_bits_of_tensorflow(
     """Crops that reach beyond the window too, where there is nothing but the colour."""
     image, box = source
     own = tf.constant(image), window(box, scale, shift), tf.constant(flip), RGB
-    assert resampling.compiled_op() is not None
+    assert resampling.compiled_ops() is not None
     found = Crop(side, kernel).of(*own).numpy()
     assert found.shape == (side, side, 3)
     assert found.tobytes() == Crop(side, kernel).with_tensorflow(*own).numpy().tobytes()
 
 
-@needs_op
+@needs_ops
+@given(
+    st.tuples(*[st.integers(1, 5000)] * 2), st.integers(1, 300), st.integers(0, 300),
+    st.tuples(*[st.floats(0.0, 1.0 - 2.0**-23, width=32)] * 2),
+    st.sampled_from(sorted(KERNEL_RADIUS)),
+)  # fmt: skip
+def test_the_compiled_window_has_the_bits_of_tensorflow(
+    size: tuple[int, int], side: int, extra: int, corner: tuple, kernel: str
+) -> None:
+    place = tf.constant([float(side + extra)]), tf.constant(corner)
+    assert resampling.compiled_ops() is not None
+    found = Crop(side, kernel).window(tf.constant([*size, 3]), *place)
+    expected = Crop(side, kernel).windows(tf.constant(size), *place)
+    assert [part.numpy().tobytes() for part in found] == [
+        part.numpy().tobytes() for part in expected
+    ]
+
+
+@needs_ops
 @pytest.mark.parametrize("box", [[-1, 0, 4, 4], [0, -1, 4, 4], [0, 0, 11, 4], [0, 7, 4, 4]])
 def test_a_window_outside_the_image_is_an_error(box: list[int]) -> None:
     own = window(box, (1.0, 1.0), (0.0, 0.0)), tf.constant(False), RGB
@@ -67,7 +85,7 @@ def test_a_window_outside_the_image_is_an_error(box: list[int]) -> None:
         Crop(4, "triangle").of(tf.zeros([10, 10, 3], tf.uint8), *own)
 
 
-@needs_op
+@needs_ops
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
@@ -82,19 +100,19 @@ def test_the_op_refuses_what_it_would_misread(fault: dict, complaint: str) -> No
         "pixels": tf.zeros([4, 4, 3], tf.uint8), "box": box, "scale": scale, "shift": shift,
         "flip": tf.constant(False), "rgb": RGB, "side": 2, "cubic": False,
     }  # fmt: skip
-    op = resampling.compiled_op()
-    assert op is not None
+    ops = resampling.compiled_ops()
+    assert ops is not None
     with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
-        op(**{**given, **fault})
+        ops.crop(**{**given, **fault})
 
 
 @pytest.fixture
 def no_op_yet(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """As in a new process of a user who never compiled it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    resampling._tried_op.cache_clear()
+    resampling._tried_ops.cache_clear()
     yield tmp_path
-    resampling._tried_op.cache_clear()
+    resampling._tried_ops.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["", "false", "no-such-compiler"])
@@ -102,14 +120,14 @@ def test_without_a_compiler_tensorflow_does_it(
     no_op_yet, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
     monkeypatch.setenv("CC", compiler)
-    assert resampling.compiled_op() is None
+    assert resampling.compiled_ops() is None
     image = tf.constant(pixels(20, 30, seed=0))
     own = window([1, 2, 18, 20], (0.5, 0.5), (0.0, 0.0)), tf.constant(True), RGB
     found = Crop(8, "triangle").of(image, *own)
     assert np.array_equal(found, Crop(8, "triangle").with_tensorflow(image, *own))
 
 
-@needs_op
+@needs_ops
 def test_it_is_compiled_once_and_kept(no_op_yet, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compiled_crop.library()
     assert first is not None and [*(no_op_yet / "vggrepro").iterdir()] == [first]
@@ -129,14 +147,20 @@ def test_a_home_that_cannot_be_written_is_no_error(
     assert compiled_crop.load() is None
 
 
-@needs_op
-def test_an_op_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_ops
+@pytest.mark.parametrize("name", ["window", "crop"])
+def test_ops_with_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A compiler that fuses products and sums rounds otherwise."""
-    op = resampling.compiled_op()
-    assert op is not None and resampling._agrees(op)
-    resampling._tried_op.cache_clear()
-    monkeypatch.setattr(
-        compiled_crop, "load", lambda: lambda *a, **k: op(*a, **k) * (1.0 + 2.0**-23)
-    )
-    assert resampling.compiled_op() is None
-    resampling._tried_op.cache_clear()
+    ops = resampling.compiled_ops()
+    assert ops is not None and resampling._agree(ops)
+
+    def rounded_otherwise(*inputs: tf.Tensor, **form: object) -> object:
+        return tf.nest.map_structure(
+            lambda x: x * (1.0 + 2.0**-23) if x.dtype.is_floating else x,
+            getattr(ops, name)(*inputs, **form),
+        )
+
+    monkeypatch.setattr(compiled_crop, "load", lambda: ops._replace(**{name: rounded_otherwise}))
+    resampling._tried_ops.cache_clear()
+    assert resampling.compiled_ops() is None
+    resampling._tried_ops.cache_clear()

@@ -1,7 +1,10 @@
-// A crop of a rescaled image in one pass: resampled rows first, then columns, flipped, a colour
-// added. The bits are those of TensorFlow's ScaleAndTranslate with antialias=True, because
-// every product is rounded before it is added (-ffp-contract=off) and sums run from zero in the
-// order of the source pixels. Plain C against TensorFlow's C API: it compiles in a second.
+// Two TensorFlow ops: the window of an image that a crop of the rescaled image reaches, and the
+// crop made of it, in one pass: resampled rows first, then columns, flipped, a colour added.
+//
+// The bits are those of vggrepro/resampling.py and of TensorFlow's ScaleAndTranslate with
+// antialias=True, because every product is rounded before it is added (-ffp-contract=off) and
+// sums run from zero in the order of the source pixels. Plain C against TensorFlow's C API: it
+// compiles in a second.
 
 #include <float.h>
 #include <math.h>
@@ -22,15 +25,31 @@ typedef struct TF_DimensionHandle TF_DimensionHandle;
 #define FOR_EACH_PROCESSOR
 #endif
 
+#define UNROLLED inline __attribute__((always_inline))
+
 enum { CHANNELS = 3 };
-enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, INPUTS };
-static const int64_t ELEMENTS[INPUTS] = {-1, 4, 2, 2, 1, 3};
+enum { SHAPE, SIDE, CORNER, WINDOW_INPUTS };
+enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, CROP_INPUTS };
+enum { MOST_INPUTS = 6 };
+
+// An input or output: its specification, and its elements (0: any number).
+typedef struct {
+  const char *spec;
+  int64_t elements;
+} Argument;
+
+static const Argument WINDOW_ARGUMENTS[WINDOW_INPUTS] = {
+    {"shape: int32", 3}, {"shorter_side: float", 1}, {"corner: float", 2}};
+static const Argument CROP_ARGUMENTS[CROP_INPUTS] = {
+    {"pixels: uint8", 0}, {"box: int32", 4}, {"scale: float", 2},
+    {"shift: float", 2},  {"flip: bool", 1}, {"rgb: float", 3}};
 
 typedef float Pixel __attribute__((vector_size(16)));  // three channels and one lane to spare
 
 typedef struct {
   int32_t side;         // of the crop, pixels
   unsigned char cubic;  // Keys' cubic kernel, else the triangle
+  float margin;         // of the window around what the kernel reaches, source pixels
 } Settings;
 
 // Source pixels of each output pixel: `count[i]` from `first[i]` on, `stride` weights for each.
@@ -92,38 +111,66 @@ static void free_taps(Taps *taps) {
   free(taps->weights);
 }
 
+// Once for each number of taps that is known when compiling: unrolled, it is half as fast again.
+static UNROLLED void add_rows(const uint8_t *rows, size_t pitch, int width, const float *weights,
+                              const int count, const int first, float *restrict mixed) {
+  for (int i = 0; i < width; ++i) {
+    float sum = first ? 0.0f : mixed[i];
+    for (int k = 0; k < count; ++k) sum += weights[k] * rows[k * pitch + i];
+    mixed[i] = sum;
+  }
+}
+
 FOR_EACH_PROCESSOR
 static void mix_rows(const uint8_t *rows, size_t pitch, int width, const float *weights, int count,
                      float *restrict mixed) {
+  switch (count) {
+    case 1: return add_rows(rows, pitch, width, weights, 1, 1, mixed);
+    case 2: return add_rows(rows, pitch, width, weights, 2, 1, mixed);
+    case 3: return add_rows(rows, pitch, width, weights, 3, 1, mixed);
+    case 4: return add_rows(rows, pitch, width, weights, 4, 1, mixed);
+  }
   memset(mixed, 0, width * sizeof(float));
   int k = 0;
-  for (; k + 1 < count; k += 2) {  // two at a time: half the traffic
-    const uint8_t *one = rows + k * pitch, *two = one + pitch;
-    const float a = weights[k], b = weights[k + 1];
-    for (int i = 0; i < width; ++i) mixed[i] = (mixed[i] + a * one[i]) + b * two[i];
+  for (; k + 4 <= count; k += 4)
+    add_rows(rows + k * pitch, pitch, width, weights + k, 4, 0, mixed);
+  for (; k < count; ++k) add_rows(rows + k * pitch, pitch, width, weights + k, 1, 0, mixed);
+}
+
+static UNROLLED Pixel mixed_pixel(const float *source, const float *weights, const int count,
+                                  Pixel colour) {
+  Pixel sum = {0};
+  for (int k = 0; k < count; ++k) {
+    Pixel value;
+    memcpy(&value, source + CHANNELS * k, sizeof value);
+    sum += weights[k] * value;
   }
-  if (k < count)
-    for (int i = 0; i < width; ++i) mixed[i] += weights[k] * rows[k * pitch + i];
+  return sum + colour;
 }
 
 // Four floats are stored for a pixel, of which the next pixel then overwrites the fourth. All
 // take as many taps, the rest with weight zero: a count that varies is a mispredicted branch.
+static UNROLLED void mix_pixels(const float *row, const Taps *taps, int side, int flip,
+                                const int most, Pixel colour, float *restrict out) {
+  const int *first = taps->first + (flip ? side - 1 : 0);
+  const float *weights = taps->weights + (first - taps->first) * taps->stride;
+  const int step = flip ? -1 : 1, stride = step * taps->stride;
+  Pixel sum;
+  for (int x = 0; x < side; ++x, first += step, weights += stride, out += CHANNELS) {
+    sum = mixed_pixel(row + (size_t)CHANNELS * *first, weights, most, colour);
+    if (x + 1 < side) memcpy(out, &sum, sizeof sum);
+  }
+  memcpy(out - CHANNELS, &sum, CHANNELS * sizeof(float));
+}
+
 FOR_EACH_PROCESSOR
 static void mix_columns(const float *row, const Taps *taps, int side, int flip, Pixel colour,
                         float *restrict out) {
-  const int most = taps->most;
-  for (int x = 0; x < side; ++x) {
-    const int from = flip ? side - 1 - x : x;
-    const float *source = row + (size_t)CHANNELS * taps->first[from];
-    const float *weights = taps->weights + (size_t)from * taps->stride;
-    Pixel sum = {0};
-    for (int k = 0; k < most; ++k) {
-      Pixel value;
-      memcpy(&value, source + CHANNELS * k, sizeof value);
-      sum += weights[k] * value;
-    }
-    sum += colour;
-    memcpy(out + CHANNELS * x, &sum, x + 1 < side ? sizeof sum : CHANNELS * sizeof(float));
+  switch (taps->most) {
+    case 2: return mix_pixels(row, taps, side, flip, 2, colour, out);
+    case 3: return mix_pixels(row, taps, side, flip, 3, colour, out);
+    case 4: return mix_pixels(row, taps, side, flip, 4, colour, out);
+    default: return mix_pixels(row, taps, side, flip, taps->most, colour, out);
   }
 }
 
@@ -152,43 +199,86 @@ static void resample(const Settings *settings, const void *const *data, int64_t 
   free(mixed);
 }
 
-static void read_inputs(TF_OpKernelContext *context, TF_Tensor **inputs, const void **data,
-                        TF_Status *status) {
-  for (int i = 0; i < INPUTS; ++i) {
+static void read_inputs(TF_OpKernelContext *context, const Argument *arguments, int count,
+                        TF_Tensor **inputs, const void **data, TF_Status *status) {
+  for (int i = 0; i < count; ++i) {
     TF_GetInput(context, i, &inputs[i], status);
     if (TF_GetCode(status) != TF_OK) return;
     data[i] = TF_TensorData(inputs[i]);
-    if (ELEMENTS[i] >= 0 && TF_TensorElementCount(inputs[i]) != ELEMENTS[i]) {
+    if (arguments[i].elements && TF_TensorElementCount(inputs[i]) != arguments[i].elements) {
       TF_SetStatus(status, TF_INVALID_ARGUMENT, "an input has another size than the op takes");
       return;
     }
   }
-  const TF_Tensor *pixels = inputs[PIXELS];
-  const int32_t *box = data[BOX];
-  if (TF_NumDims(pixels) != 3 || TF_Dim(pixels, 2) != CHANNELS)
-    TF_SetStatus(status, TF_INVALID_ARGUMENT, "the image is not [height, width, 3]");
-  else if (box[0] < 0 || box[1] < 0 || box[2] < 1 || box[3] < 1 ||
-           (int64_t)box[0] + box[2] > TF_Dim(pixels, 0) ||
-           (int64_t)box[1] + box[3] > TF_Dim(pixels, 1))
-    TF_SetStatus(status, TF_INVALID_ARGUMENT, "the window is not inside the image");
 }
 
-static void compute(void *settings, TF_OpKernelContext *context) {
+static void *new_output(TF_OpKernelContext *context, int number, TF_DataType type,
+                        const int64_t *shape, int rank, TF_Tensor **outputs, TF_Status *status) {
+  size_t bytes = TF_DataTypeSize(type);
+  for (int i = 0; i < rank; ++i) bytes *= shape[i];
+  if (TF_GetCode(status) != TF_OK) return NULL;
+  outputs[number] = TF_AllocateOutput(context, number, type, shape, rank, bytes, status);
+  return TF_GetCode(status) == TF_OK ? TF_TensorData(outputs[number]) : NULL;
+}
+
+static void finish(TF_OpKernelContext *context, TF_Tensor **inputs, TF_Tensor **outputs,
+                   TF_Status *status) {
+  if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
+  for (int i = 0; i < MOST_INPUTS; ++i) {
+    if (inputs[i]) TF_DeleteTensor(inputs[i]);
+    if (outputs[i]) TF_DeleteTensor(outputs[i]);
+  }
+  TF_DeleteStatus(status);
+}
+
+static void compute_crop(void *settings, TF_OpKernelContext *context) {
   const int64_t side = ((const Settings *)settings)->side, shape[] = {side, side, CHANNELS};
   TF_Status *status = TF_NewStatus();
-  TF_Tensor *inputs[INPUTS] = {0}, *output = NULL;
-  const void *data[INPUTS] = {0};
-  read_inputs(context, inputs, data, status);
-  if (TF_GetCode(status) == TF_OK)
-    output = TF_AllocateOutput(context, 0, TF_FLOAT, shape, 3,
-                               (size_t)(side * side) * CHANNELS * sizeof(float), status);
-  if (TF_GetCode(status) == TF_OK)
-    resample(settings, data, TF_Dim(inputs[PIXELS], 1), TF_TensorData(output), status);
-  if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
-  for (int i = 0; i < INPUTS; ++i)
-    if (inputs[i]) TF_DeleteTensor(inputs[i]);
-  if (output) TF_DeleteTensor(output);
-  TF_DeleteStatus(status);
+  TF_Tensor *inputs[MOST_INPUTS] = {0}, *outputs[MOST_INPUTS] = {0};
+  const void *data[MOST_INPUTS] = {0};
+  read_inputs(context, CROP_ARGUMENTS, CROP_INPUTS, inputs, data, status);
+  if (TF_GetCode(status) == TF_OK) {
+    const TF_Tensor *pixels = inputs[PIXELS];
+    const int32_t *box = data[BOX];
+    if (TF_NumDims(pixels) != 3 || TF_Dim(pixels, 2) != CHANNELS)
+      TF_SetStatus(status, TF_INVALID_ARGUMENT, "the image is not [height, width, 3]");
+    else if (box[0] < 0 || box[1] < 0 || box[2] < 1 || box[3] < 1 ||
+             (int64_t)box[0] + box[2] > TF_Dim(pixels, 0) ||
+             (int64_t)box[1] + box[3] > TF_Dim(pixels, 1))
+      TF_SetStatus(status, TF_INVALID_ARGUMENT, "the window is not inside the image");
+  }
+  float *out = new_output(context, 0, TF_FLOAT, shape, 3, outputs, status);
+  if (out) resample(settings, data, TF_Dim(inputs[PIXELS], 1), out, status);
+  finish(context, inputs, outputs, status);
+}
+
+static void compute_window(void *settings_, TF_OpKernelContext *context) {
+  const Settings *settings = settings_;
+  TF_Status *status = TF_NewStatus();
+  TF_Tensor *inputs[MOST_INPUTS] = {0}, *outputs[MOST_INPUTS] = {0};
+  const void *data[MOST_INPUTS] = {0};
+  read_inputs(context, WINDOW_ARGUMENTS, WINDOW_INPUTS, inputs, data, status);
+  int32_t *box = new_output(context, 0, TF_INT32, (int64_t[]){4}, 1, outputs, status);
+  float *scale = new_output(context, 1, TF_FLOAT, (int64_t[]){2}, 1, outputs, status);
+  float *shift = new_output(context, 2, TF_FLOAT, (int64_t[]){2}, 1, outputs, status);
+  if (shift) {
+    const int32_t *shape = data[SHAPE];
+    const float shorter_side = *(const float *)data[SIDE], *place = data[CORNER];
+    const float shortest = shape[0] < shape[1] ? shape[0] : shape[1];
+    for (int i = 0; i < 2; ++i) {  // rows, columns
+      const float size = shape[i], rescaled = rintf(size * shorter_side / shortest);
+      scale[i] = rescaled / size;
+      const float corner = floorf(place[i] * (rescaled - (settings->side - 1.0f)));
+      const float widened = fmaxf(1.0f / scale[i], 1.0f);
+      const float reach = (settings->cubic ? 2.0f : 1.0f) * widened + settings->margin;
+      const float first = fmaxf(floorf(corner / scale[i] - reach), 0.0f);
+      const float end = fminf(ceilf((corner + settings->side) / scale[i] + reach), size);
+      box[i] = (int32_t)first;
+      box[2 + i] = (int32_t)(end - first);
+      shift[i] = first * scale[i] - corner;
+    }
+  }
+  finish(context, inputs, outputs, status);
 }
 
 static void *create(TF_OpKernelConstruction *construction) {
@@ -197,6 +287,8 @@ static void *create(TF_OpKernelConstruction *construction) {
   TF_OpKernelConstruction_GetAttrInt32(construction, "side", &settings->side, status);
   if (TF_GetCode(status) == TF_OK)
     TF_OpKernelConstruction_GetAttrBool(construction, "cubic", &settings->cubic, status);
+  if (TF_GetCode(status) == TF_OK)
+    TF_OpKernelConstruction_GetAttrFloat(construction, "margin", &settings->margin, status);
   if (TF_GetCode(status) == TF_OK && settings->side < 1)
     TF_SetStatus(status, TF_INVALID_ARGUMENT, "the side of a crop is at least 1");
   if (TF_GetCode(status) != TF_OK) TF_OpKernelConstruction_Failure(construction, status);
@@ -208,19 +300,27 @@ static void infer_shape(TF_ShapeInferenceContext *context, TF_Status *status) {
   TF_ShapeInferenceContextSetUnknownShape(context, status);
 }
 
-__attribute__((constructor)) static void register_op(void) {
-  static const char *const INPUT_SPECS[INPUTS] = {"pixels: uint8", "box: int32",  "scale: float",
-                                                  "shift: float",  "flip: bool", "rgb: float"};
-  static const char NAME[] = "VggreproResampledCrop";
+static void register_op(const char *name, const Argument *inputs, int count,
+                        const char *const *outputs,
+                        void (*compute)(void *, TF_OpKernelContext *)) {
   TF_Status *status = TF_NewStatus();
-  TF_OpDefinitionBuilder *op = TF_NewOpDefinitionBuilder(NAME);
-  for (int i = 0; i < INPUTS; ++i) TF_OpDefinitionBuilderAddInput(op, INPUT_SPECS[i]);
-  TF_OpDefinitionBuilderAddOutput(op, "crop: float");
+  TF_OpDefinitionBuilder *op = TF_NewOpDefinitionBuilder(name);
+  for (int i = 0; i < count; ++i) TF_OpDefinitionBuilderAddInput(op, inputs[i].spec);
+  for (; *outputs; ++outputs) TF_OpDefinitionBuilderAddOutput(op, *outputs);
   TF_OpDefinitionBuilderAddAttr(op, "side: int");
   TF_OpDefinitionBuilderAddAttr(op, "cubic: bool");
+  TF_OpDefinitionBuilderAddAttr(op, "margin: float = 0");
   TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shape);
   TF_RegisterOpDefinition(op, status);
   if (TF_GetCode(status) == TF_OK)
-    TF_RegisterKernelBuilder(NAME, TF_NewKernelBuilder(NAME, "CPU", create, compute, free), status);
+    TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", create, compute, free), status);
   TF_DeleteStatus(status);
+}
+
+__attribute__((constructor)) static void register_ops(void) {
+  register_op("VggreproCropWindow", WINDOW_ARGUMENTS, WINDOW_INPUTS,
+              (const char *[]){"box: int32", "scale: float", "shift: float", NULL},
+              compute_window);
+  register_op("VggreproResampledCrop", CROP_ARGUMENTS, CROP_INPUTS,
+              (const char *[]){"crop: float", NULL}, compute_crop);
 }

@@ -1,4 +1,4 @@
-"""`compiled_crop.c` as a TensorFlow op, where there is a C compiler.
+"""`compiled_crop.c` as TensorFlow ops, where there is a C compiler.
 
 Compiled once for a source, a TensorFlow and a compiler, in a second, and kept under
 $XDG_CACHE_HOME/vggrepro. Without a compiler, or with one that fails (CC=false turns it
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -24,19 +25,32 @@ _FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")
 _PATIENCE = 60  # seconds
 
 
-def load() -> Callable[..., tf.Tensor] | None:
-    """The op; None: the machine cannot compile or load it."""
+class CompiledOps(NamedTuple):
+    """What the library holds; the arguments are described where they are used.
+
+    Attributes:
+      window: (box, scale, shift) of one image, as `resampling.Crop.windows`.
+      crop: one crop, as `resampling.Crop.with_tensorflow`.
+    """
+
+    window: Callable[..., Any]
+    crop: Callable[..., tf.Tensor]
+
+
+def load() -> CompiledOps | None:
+    """The ops; None: the machine cannot compile or load them."""
     path = library()
     if path is None:
         return None
     try:
-        return tf.load_op_library(str(path)).vggrepro_resampled_crop
+        module = tf.load_op_library(str(path))
     except tf.errors.OpError:
         return None
+    return CompiledOps(module.vggrepro_crop_window, module.vggrepro_resampled_crop)
 
 
 def library() -> Path | None:
-    """The shared library with the op, if need be made now; None: it cannot be made or kept."""
+    """The shared library with the ops, if need be made now; None: it cannot be made or kept."""
     command = _command()
     if command is None:
         return None

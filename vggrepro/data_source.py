@@ -17,7 +17,7 @@ from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
 from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
-from vggrepro.resampling import compiled_op
+from vggrepro.resampling import compiled_ops
 from vggrepro.shards import check_sizes, holds_shards, index_shards, read_manifest
 from vggrepro.statistics import ColourStatistics, training_statistics
 from vggrepro.storage import is_url
@@ -136,7 +136,7 @@ def open_data(
             "classes_sha256": train.classes_sha256,
             "colours": colours.to_dict(),
             "resized": stored_resize(root),
-            "resampling": "tensorflow" if compiled_op() is None else "compiled",
+            "resampling": "tensorflow" if compiled_ops() is None else "compiled",
         },
     )
 

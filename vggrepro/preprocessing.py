@@ -22,12 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from vggrepro.resampling import KERNEL_RADIUS, Crop, Window, compiled_op
+from vggrepro.resampling import Crop, Window, compiled_ops
 
-# A window is wider than the kernel needs by this many source pixels: JPEG decoders
-# interpolate subsampled chroma from neighbours that a window cuts off. Its outermost two
-# pixels may differ from the whole image's, no others do.
-_WINDOW_MARGIN = 2.0
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
 _CENTRE = np.nextafter(np.float32(0.5), np.float32(0.0))
 # The second draw of flip is of no use: earlier runs drew it.
@@ -89,7 +85,11 @@ class Preprocessing:
     colour_components: tuple[tuple[float, float, float], ...]
 
     def __post_init__(self) -> None:
-        compiled_op()  # now: not in the middle of tracing a graph
+        compiled_ops()  # now: not in the middle of tracing a graph
+
+    @property
+    def _form(self) -> Crop:
+        return Crop(self.image_size, self.resize)
 
     @property
     def evaluation_side(self) -> int:
@@ -108,7 +108,7 @@ class Preprocessing:
         )
         side, corner, flip, colour = tf.split(draws, list(_DRAWS.values()), axis=1)
         place = Place(self._shorter_side(side), corner)
-        crop = place if sizes is None else self._window(sizes, place)
+        crop = place if sizes is None else self._form.windows(sizes, *place)
         return Augmentation(crop, flip[:, 0] < 0.5, colour)
 
     def training_image(self, jpeg: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
@@ -143,37 +143,23 @@ class Preprocessing:
                 lambda: self._window_alone(jpeg, crop),
                 lambda: self._whole(jpeg, crop),
             )
-        return Crop(self.image_size, self.resize).of(pixels, window, flip, rgb)
+        return self._form.of(pixels, window, flip, rgb)
 
     def _whole(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
         """The image and the crop's window in it."""
         pixels = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
         if isinstance(crop, Place):
-            crop = self._window(tf.shape(pixels)[:2], crop)
+            crop = self._form.window(tf.shape(pixels), *crop)
         return pixels, crop
 
     def _window_alone(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
         """The window's pixels and the window in these."""
         if isinstance(crop, Place):
-            crop = self._window(tf.io.extract_jpeg_shape(jpeg)[:2], crop)
+            crop = self._form.window(tf.io.extract_jpeg_shape(jpeg), *crop)
         pixels = tf.io.decode_and_crop_jpeg(
             jpeg, crop.box, channels=3, dct_method="INTEGER_ACCURATE"
         )
         return pixels, crop._replace(box=crop.box * [0, 0, 1, 1])
-
-    def _window(self, size: tf.Tensor, place: Place) -> Window:
-        size = tf.cast(size, tf.float32)
-        rescaled = rescaled_size(size, place.side)
-        scale = rescaled / size
-        corner = tf.floor(place.corner * (rescaled - (self.image_size - 1.0)))
-        reach = KERNEL_RADIUS[self.resize] * tf.maximum(1.0 / scale, 1.0) + _WINDOW_MARGIN
-        first = tf.maximum(tf.floor(corner / scale - reach), 0.0)
-        end = tf.minimum(tf.math.ceil((corner + self.image_size) / scale + reach), size)
-        return Window(
-            box=tf.cast(tf.concat([first, end - first], -1), tf.int32),
-            scale=scale,
-            shift=first * scale - corner,
-        )
 
     def _shorter_side(self, draw: tf.Tensor) -> tf.Tensor:
         """S from draws in [0, 1); float32 of the same shape."""
@@ -194,18 +180,3 @@ def _uniform(seed: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.StatelessRandomUniformV2(
         shape=[sum(_DRAWS.values())], key=key, counter=counter, alg=_PHILOX
     )
-
-
-def rescaled_size(size: tf.Tensor, shorter_side: tf.Tensor) -> tf.Tensor:
-    """Height and width after the isotropic rescale.
-
-    The shorter side becomes exactly S, the longer one `long * S / short` rounded to the
-    nearest integer, halves to even.
-
-    Args:
-      size: height and width, float32 [..., 2].
-      shorter_side: S, float32 [..., 1] or scalar.
-    Returns:
-      whole numbers, float32 [..., 2].
-    """
-    return tf.round(size * shorter_side / tf.reduce_min(size, axis=-1, keepdims=True))

@@ -1,23 +1,27 @@
 """A crop of a rescaled image, from the source pixels that it reaches.
 
 Rescaling and cropping are one resampling: only the pixels of the crop are computed, on the
-grid of the rescaled image. Two ways to the same bits: one compiled op (`compiled_crop`), and
-where that is not to be had, a chain of TensorFlow's own, which takes three times as long.
+grid of the rescaled image. Two ways to the same bits: compiled ops (`compiled_crop`), and
+where these are not to be had, a chain of TensorFlow's own, which takes three times as long.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from vggrepro import compiled_crop, quiet_import
+from vggrepro.compiled_crop import CompiledOps
 
 KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
+# A window is wider than the kernel needs by this many source pixels: JPEG decoders
+# interpolate subsampled chroma from neighbours that a window cuts off. Its outermost two
+# pixels may differ from the whole image's, no others do.
+_MARGIN = 2.0
 _COMPLAINT = re.compile(rb"E\d{4} .*oneDNN supports DT_INT32")
 
 
@@ -37,7 +41,7 @@ class Window(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What becomes of a window, but for the pixels.
+    """The form of all crops.
 
     Attributes:
       side: of the square crop, pixels.
@@ -46,6 +50,32 @@ class Crop(NamedTuple):
 
     side: int
     kernel: str
+
+    def window(self, shape: tf.Tensor, shorter_side: tf.Tensor, corner: tf.Tensor) -> Window:
+        """`windows` of one image, of the shape that decoding gives: int32 [3]."""
+        ops = compiled_ops()
+        if ops is None:
+            return self.windows(shape[:2], shorter_side, corner)
+        return Window(*ops.window(shape, shorter_side, corner, margin=_MARGIN, **self._form()))
+
+    def windows(self, sizes: tf.Tensor, shorter_side: tf.Tensor, corner: tf.Tensor) -> Window:
+        """The source pixels of crops; any leading dimensions.
+
+        Args:
+          sizes: height and width of the images, pixels, [..., 2].
+          shorter_side: S, whole numbers, float32 [..., 1], at least `side`.
+          corner: where the crop lies, float32 [..., 2] in [0, 1), rows and columns: 0 is the
+            first position, values near 1 the last.
+        """
+        sizes = tf.cast(sizes, tf.float32)
+        rescaled = rescaled_size(sizes, shorter_side)
+        scale = rescaled / sizes
+        corner = tf.floor(corner * (rescaled - (self.side - 1.0)))
+        reach = KERNEL_RADIUS[self.kernel] * tf.maximum(1.0 / scale, 1.0) + _MARGIN
+        first = tf.maximum(tf.floor(corner / scale - reach), 0.0)
+        end = tf.minimum(tf.math.ceil((corner + self.side) / scale + reach), sizes)
+        box = tf.cast(tf.concat([first, end - first], -1), tf.int32)
+        return Window(box, scale, first * scale - corner)
 
     def of(self, pixels: tf.Tensor, window: Window, flip: tf.Tensor, rgb: tf.Tensor) -> tf.Tensor:
         """The crop, mirrored if so told, plus a colour.
@@ -60,10 +90,10 @@ class Crop(NamedTuple):
         Raises:
           tf.errors.InvalidArgumentError: the box is not inside the image.
         """
-        op = compiled_op()
-        if op is None:
+        ops = compiled_ops()
+        if ops is None:
             return self.with_tensorflow(pixels, window, flip, rgb)
-        crop = op(pixels, *window, flip, rgb, side=self.side, cubic=self.kernel == "keyscubic")
+        crop = ops.crop(pixels, *window, flip, rgb, **self._form())
         return tf.ensure_shape(crop, [self.side, self.side, 3])
 
     def with_tensorflow(
@@ -100,33 +130,59 @@ class Crop(NamedTuple):
             antialias=True,
         )
 
+    def _form(self) -> dict[str, Any]:
+        """The attributes of the compiled ops."""
+        return {"side": self.side, "cubic": self.kernel == "keyscubic"}
 
-def compiled_op() -> Callable[..., tf.Tensor] | None:
-    """The compiled op; None: it cannot be had here, or has other bits than TensorFlow."""
+
+def rescaled_size(size: tf.Tensor, shorter_side: tf.Tensor) -> tf.Tensor:
+    """Height and width after the isotropic rescale.
+
+    The shorter side becomes exactly S, the longer one `long * S / short` rounded to the
+    nearest integer, halves to even.
+
+    Args:
+      size: height and width, float32 [..., 2].
+      shorter_side: S, float32 [..., 1] or scalar.
+    Returns:
+      whole numbers, float32 [..., 2].
+    """
+    return tf.round(size * shorter_side / tf.reduce_min(size, axis=-1, keepdims=True))
+
+
+def compiled_ops() -> CompiledOps | None:
+    """The compiled ops; None: not to be had here, or with other bits than TensorFlow's."""
     with tf.init_scope(), tf.device("/CPU:0"):
-        return _tried_op()
+        return _tried_ops()
 
 
 @functools.cache
-def _tried_op() -> Callable[..., tf.Tensor] | None:
+def _tried_ops() -> CompiledOps | None:
     _transpose_once()
-    op = compiled_crop.load()
-    return op if op is not None and _agrees(op) else None
+    ops = compiled_crop.load()
+    return ops if ops is not None and _agree(ops) else None
 
 
-def _agrees(op: Callable[..., tf.Tensor]) -> bool:
-    """Whether it has TensorFlow's bits, shrinking and enlarging: a compiler may be wrong."""
+def _agree(ops: CompiledOps) -> bool:
+    """Whether they have TensorFlow's bits, shrinking and enlarging: a compiler may be wrong."""
     random = np.random.default_rng(0)
     pixels = tf.constant(random.integers(0, 256, [61, 75, 3]), tf.uint8)
-    shift, rgb = tf.constant([-2.3, 0.0]), tf.constant(random.normal(0.0, 50.0, 3), tf.float32)
+    flip, rgb = tf.constant(True), tf.constant(random.normal(0.0, 50.0, 3), tf.float32)
     for kernel in KERNEL_RADIUS:
-        for scale in (0.31, 1.7):
-            window = Window(tf.constant([3, 1, 57, 74]), tf.constant([scale, 0.97 * scale]), shift)
-            own = pixels, window, tf.constant(True), rgb
-            found = op(pixels, *window, *own[2:], side=17, cubic=kernel == "keyscubic")
-            if found.numpy().tobytes() != Crop(17, kernel).with_tensorflow(*own).numpy().tobytes():
+        for side, shorter_side in ((17, 19.0), (90, 104.0)):
+            form = Crop(side, kernel)
+            place = tf.constant([shorter_side]), tf.constant([0.3, 0.8])
+            window = form.windows(pixels.shape[:2], *place)
+            found = ops.window(pixels.shape, *place, margin=_MARGIN, **form._form())
+            crop = ops.crop(pixels, *window, flip, rgb, **form._form())
+            expected = *window, form.with_tensorflow(pixels, window, flip, rgb)
+            if [_bits(x) for x in (*found, crop)] != [_bits(x) for x in expected]:
                 return False
     return True
+
+
+def _bits(tensor: tf.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
 
 
 def _transposed(matrix: tf.Tensor) -> tf.Tensor:

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 
 from diagnostics.errors import InputError
 from vggrepro.image_inspection import KINDS, read_header, unusual
-from vggrepro.preprocessing import rescaled_size
+from vggrepro.resampling import rescaled_size
 from vggrepro.shard_plan import ShardPlan
 from vggrepro.shard_target import PARTS, ShardTarget
 from vggrepro.shards import RECORD_OVERHEAD

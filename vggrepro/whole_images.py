@@ -56,7 +56,7 @@ def _decoded(jpeg: tf.Tensor) -> tf.Tensor:
 
 
 def rescaled_sizes(sizes: np.ndarray, shorter_side: int) -> np.ndarray:
-    """`preprocessing.rescaled_size` of many images; int32 [n, 2]."""
+    """`resampling.rescaled_size` of many images; int32 [n, 2]."""
     exact = sizes.astype(np.float32)
     shortest = exact.min(axis=1, keepdims=True)
     return np.rint(exact * np.float32(shorter_side) / shortest).astype(np.int32)
