@@ -61,8 +61,8 @@ class Size:
 
 SIZES = {
     "demo": Size("40 to 130 px to 32 px, shorter side 37", 32, 37, 37, 3200),
-    "photographs": Size("500x375 to 224 px, shorter side 256", 224, 256, 256, 384),
-    "jitter": Size("500x375 to 224 px, shorter side 256 to 512", 224, 256, 512, 384),
+    "photographs": Size("500x375 to 224 px, shorter side 256", 224, 256, 256, 1536),
+    "jitter": Size("500x375 to 224 px, shorter side 256 to 512", 224, 256, 512, 1536),
 }
 
 
