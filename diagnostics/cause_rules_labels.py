@@ -19,6 +19,7 @@ from diagnostics.signals import (
     lonely_peak,
     lonely_sentence,
     target_scale,
+    weight_arrays,
 )
 from diagnostics.survival import bottomless
 from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
@@ -128,8 +129,8 @@ def _weighted(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _example_weights(evidence: Evidence) -> list[float]:
-    named = {n: s for n, s in evidence.batch_stats.items() if n.startswith("sample_weight")}
-    return [stats.absmax for stats in named.values() if math.isfinite(stats.absmax)]
+    arrays = weight_arrays(evidence).values()
+    return [stats.absmax for stats in arrays if math.isfinite(stats.absmax)]
 
 
 def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:

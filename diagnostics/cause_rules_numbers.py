@@ -103,13 +103,15 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
         )
     elif facts.momentum < 0:
         yield Finding("optimizer", 2.0, f"Momentum is negative: {facts.momentum:g}")
+    bad = False
     for name in ("beta_1", "beta_2", "rho"):
         value = _extra_number(evidence, name)
         if value is not None and not 0 <= value < 1:
             yield Finding("optimizer", 5.0, f"{name} is {value:g}, it must lie in [0, 1)")
-            for one in evidence.survivors("optimizer_setting"):
-                # Nothing else is to be explained, not even weights that were broken by it.
-                yield Finding("optimizer", 6.0, f"With {one.change} the same steps survive")
+            bad = True
+    for one in evidence.survivors("optimizer_setting") if bad else ():
+        # Nothing else is to be explained, not even weights that were broken by it.
+        yield Finding("optimizer", 6.0, f"With {one.change} the same steps survive")
     settings = facts.extra.get("layer settings")
     if settings is not None:
         yield Finding("architecture", 7.0, f"A layer has a setting out of its range: {settings}")

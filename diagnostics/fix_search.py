@@ -16,12 +16,13 @@ from diagnostics.stall import IDLE_UPDATE, stall_signals
 ANSWERS = {
     "data": (
         "without_examples",
+        "known_indices",
+        "example_weights",
         "valid_examples",
         "usual_examples",
         "finite_inputs",
         "input_scale",
         "target_scale",
-        "example_weights",
     ),
     "labels": ("without_examples", "shift_labels", "valid_examples", "target_scale"),
     "init": ("zero_weights", "init", "init_scale"),

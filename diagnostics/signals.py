@@ -43,6 +43,11 @@ def label_arrays(evidence: Evidence) -> dict[str, TensorStats]:
     return {n: s for n, s in evidence.batch_stats.items() if _role(n) == "label"}
 
 
+def weight_arrays(evidence: Evidence) -> dict[str, TensorStats]:
+    """The weights of the batch's examples by name."""
+    return {n: s for n, s in evidence.batch_stats.items() if n.startswith("sample_weight")}
+
+
 def _role(name: str) -> str:
     words = set(re.split(r"[^a-z]+", name.partition("/")[0].lower()))
     if words & _LABEL_NAMES:
