@@ -29,16 +29,19 @@ from diagnostics.signals import (
 )
 from diagnostics.telemetry_view import (
     input_absmax,
+    preactivation_absmax,
 )
 from diagnostics.tensor_stats import TensorStats
 
 _OUTLIER = 30.0  # times the usual largest input
+_OUTGROWN = 1e3  # times the largest input
 
 
 def data_findings(evidence: Evidence) -> Iterator[Finding]:
     """Inputs, and numbers that are not finite in inputs, labels or weights of examples."""
     yield from _not_finite(evidence)
     yield from _no_such_row(evidence)
+    yield from _flat_when_adapted(evidence)
     yield from _outlier(evidence)
     yield from _suspect_examples(evidence)
     if exploded(evidence):
@@ -75,6 +78,29 @@ def _no_such_row(evidence: Evidence) -> Iterator[Finding]:
                 7.0,
                 f"The embedding {check.layer} has {rows.get(check.layer)} rows, and was given "
                 f"indices{among} that it has no row for",
+            )
+
+
+def _flat_when_adapted(evidence: Evidence) -> Iterator[Finding]:
+    """A normalisation that was adapted to a column that did not vary, and then did."""
+    inputs, telemetry = input_absmax(evidence.telemetry), evidence.telemetry
+    for layer in evidence.facts.layers:
+        variance = evidence.initial_weight_stats.get(f"statistics/{layer.name}/variance")
+        peaks = preactivation_absmax(telemetry, layer.name)
+        if layer.kind != "Normalization" or variance is None or variance.minimum != 0:
+            continue
+        if peaks is None or inputs is None:
+            continue
+        with np.errstate(invalid="ignore"):
+            blown = peaks > _OUTGROWN * np.maximum(1.0, inputs)
+        if blown.any():
+            step = int(telemetry.steps[np.argmax(blown)])
+            yield Finding(
+                "data",
+                6.0,
+                f"{layer.name} was adapted to data of which a column never changed: it divides "
+                f"that column by next to nothing, and put out {number(float(peaks[blown][0]))} at "
+                f"step {step}, where the column did change",
             )
 
 

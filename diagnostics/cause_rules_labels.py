@@ -18,6 +18,7 @@ from diagnostics.signals import (
     label_arrays,
     lonely_peak,
     lonely_sentence,
+    takes_probabilities,
     target_scale,
     weight_arrays,
 )
@@ -26,7 +27,6 @@ from diagnostics.telemetry_view import layer_names, preactivations_of_row, scala
 
 _DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
 _LARGE_WEIGHT = 100.0
-_PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 
 
 def label_findings(evidence: Evidence) -> Iterator[Finding]:
@@ -89,8 +89,8 @@ def _no_such_class(evidence: Evidence) -> Iterator[Finding]:
 
 def _beyond_probability(evidence: Evidence) -> bool:
     """Whether labels that ought to be probabilities are not."""
-    named = any(word in evidence.facts.loss.lower() for word in _PROBABILITY_LOSSES)
-    if evidence.label_range is None or not named or _class_numbers(evidence):
+    fits = takes_probabilities(evidence.facts) and not _class_numbers(evidence)
+    if evidence.label_range is None or not fits:
         return False
     return evidence.label_range[0] < 0 or evidence.label_range[1] > 1
 

@@ -18,6 +18,7 @@ from diagnostics.signals import (
     in_recurrence,
     largest_signal,
     out_of_nowhere,
+    unbounded_recurrence,
     unscaled,
 )
 from diagnostics.telemetry_view import overwritten, preactivations_of_row
@@ -199,6 +200,15 @@ def _unbounded_activation(evidence: Evidence) -> Iterator[Finding]:
 def _recurrence(evidence: Evidence) -> Iterator[Finding]:
     """A recurrent layer multiplies its state by the same weights at every time step."""
     first, kind = evidence.first_nonfinite, in_recurrence(evidence)
+    for layer in unbounded_recurrence(evidence):
+        yield Finding(
+            "architecture",
+            2.5,
+            f"{layer.name} is recurrent ({layer.kind}) with the activation {layer.activation}, "
+            "which has no bound: its output is more than a thousand times what goes into it",
+        )
+        for one in evidence.survivors("activation"):
+            yield Finding("architecture", 2.5, f"With {one.change} the same steps survive")
     if kind and first is not None and first.stage in ("forward", "backward"):
         yield Finding(
             "architecture",

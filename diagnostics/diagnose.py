@@ -37,7 +37,7 @@ from diagnostics.replay import (
     telemetry_differences,
 )
 from diagnostics.rewind import telemetry_until
-from diagnostics.stall import detect_divergence, detect_stall
+from diagnostics.stall import detect_divergence, detect_stall, stall_signals
 from diagnostics.survival import RUNAWAY_LOSS
 from diagnostics.telemetry_view import scalar_column
 from diagnostics.tensor_stats import TensorStats, describe
@@ -272,7 +272,9 @@ class _Session:
             changes += self._run.formula_changes(place)
         rate = self._run.facts.learning_rate
         if evidence.verdict == "stalled":
-            changes = [c for c in changes if c.kind in _WAKING]
+            died = stall_signals(evidence.telemetry, self._run.facts).dead_since
+            kinds = (*_WAKING, "learning_rate", "clip_norm") if died else _WAKING
+            changes = [c for c in changes if c.kind in kinds]
             for larger in livelier_rates(rate or 0.0, evidence.telemetry, self._run.facts):
                 label = f"learning rate {larger:g}"
                 changes.append(Change("learning_rate", larger, label, rank=3))

@@ -17,6 +17,7 @@ ANSWERS = {
     "data": (
         "without_examples",
         "known_indices",
+        "finite_statistics",
         "example_weights",
         "valid_examples",
         "usual_examples",
@@ -24,7 +25,7 @@ ANSWERS = {
         "input_scale",
         "target_scale",
     ),
-    "labels": ("without_examples", "shift_labels", "valid_examples", "target_scale"),
+    "labels": ("without_examples", "shift_labels", "label_span", "valid_examples", "target_scale"),
     "init": ("zero_weights", "init", "init_scale"),
     "weights": ("finite_statistics", "init"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),

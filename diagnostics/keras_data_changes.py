@@ -10,6 +10,7 @@ import numpy as np
 from diagnostics.errors import InputError
 from diagnostics.keras_batches import ARRAYS, GENERATOR
 from diagnostics.protocol import Batch, Change, LayerFacts, RunFacts
+from diagnostics.signals import takes_probabilities
 
 LARGE_INPUT, LARGE_TARGET = 20.0, 100.0
 OUTLIER = 1e3  # times the size of the median example
@@ -21,13 +22,19 @@ DATA_CHANGES = (
     "finite_inputs",
     "input_scale",
     "shift_labels",
+    "label_span",
     "target_scale",
     "example_weights",
 )
 LARGE_WEIGHT = 100.0
 
 
-_PARTS = {"shift_labels": "labels", "target_scale": "labels", "example_weights": "sample_weight"}
+_PARTS = {
+    "shift_labels": "labels",
+    "label_span": "labels",
+    "target_scale": "labels",
+    "example_weights": "sample_weight",
+}
 
 
 def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
@@ -49,6 +56,7 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
     if divisor is not None:
         label = f"inputs divided by {divisor:g}"
         found.append(Change("input_scale", 1.0 / divisor, label, rank=2))
+    found += _probability_changes(labels, facts)
     if facts.classes and any(a.min() >= 1 and a.max() == facts.classes for a in labels):
         found.append(Change("shift_labels", -1, "class numbers lowered by 1", rank=1))
     weights = [a for n, a in batch.items() if n.startswith("sample_weight") and a.size]
@@ -68,6 +76,18 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
             label = f"targets divided by {divisor:g}"
             found.append(Change("target_scale", 1.0 / divisor, label, rank=2))
     return found
+
+
+def _probability_changes(labels: list[np.ndarray], facts: RunFacts) -> list[Change]:
+    """Targets of a cross-entropy that are no probabilities, as masks of 255 or classes of -1 and 1."""
+    whole = [a for a in labels if takes_probabilities(facts) and np.isfinite(a).all()]
+    low = min((float(a.min()) for a in whole), default=0.0)
+    high = max((float(a.max()) for a in whole), default=1.0)
+    if low >= 0 and high <= 1:
+        return []
+    low = low if low < 0 or high - low == 1 else 0.0
+    label = f"labels from {low:g} to {high:g} mapped to 0 to 1"
+    return [Change("label_span", (low, high), label, rank=1)]
 
 
 def index_changes(batch: Batch | None, layer: LayerFacts | None) -> list[Change]:
@@ -150,6 +170,11 @@ def changed_batch(batch: Batch, change: Change | None) -> Batch:
 def _changed(array: np.ndarray, change: Change) -> np.ndarray:
     if change.kind == "shift_labels":
         return array + np.asarray(change.value, array.dtype)
+    if change.kind == "label_span":
+        low, high = change.value
+        return ((array - low) / (high - low)).astype(
+            array.dtype if array.dtype.kind == "f" else "f"
+        )
     if change.kind == "known_indices":
         integer = array.dtype.kind in "iu"
         return np.clip(array, 0, change.value[1] - 1) if integer else array
@@ -242,6 +267,10 @@ def data_command(change: Change, structure: Any) -> str:
         return f"{name} = np.nan_to_num({name}, nan=0.0, posinf=0.0, neginf=0.0)  # before fit"
     if change.kind == "shift_labels":
         return "y = y - 1  # before fit"
+    if change.kind == "label_span":
+        low, high = value
+        shifted = "y" if low == 0 else f"(y - {low:g})" if low > 0 else f"(y + {-low:g})"
+        return f"y = {shifted} / {high - low:g}  # before fit"
     if change.kind == "example_weights":
         return (
             f"class_weight = {{k: w / {1.0 / value:g} for k, w in class_weight.items()}}"

@@ -25,12 +25,12 @@ class _Repair(NamedTuple):
     """How the inputs of one type of op are kept, in a graph and in a user's words.
 
     Attributes:
-      place: which input.
+      place: which input; None for all of them.
       keep: given that input, the kept one.
       label: of the counterfactual. line: of the user's program.
     """
 
-    place: int
+    place: int | None
     keep: Callable[[tf.Tensor], tf.Tensor]
     label: str
     line: str
@@ -76,12 +76,17 @@ def _finite_below(x: tf.Tensor) -> tf.Tensor:
     return tf.maximum(x, tf.constant(x.dtype.min, x.dtype))
 
 
+def _finite(x: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(x, x.dtype.min, x.dtype.max)
+
+
 def _neither_overflow(x: tf.Tensor) -> tf.Tensor:
     return -_no_overflow(-_no_overflow(x))
 
 
 _ABOVE = f"tf.maximum(x, {EPSILON:g})"
 _INSIDE = f"tf.clip_by_value(x, -1 + {10 * EPSILON:g}, 1 - {10 * EPSILON:g})"
+_KEPT_FINITE = "tf.clip_by_value({0}, {0}.dtype.min, {0}.dtype.max)".format
 _AWAY = f"tf.where(tf.abs(b) < {EPSILON:g}, {EPSILON:g}, b)"
 _REPAIRS = {
     "Log": _Repair(0, _from_zero, f"logarithms of at least {EPSILON:g}", f"tf.math.log({_ABOVE})"),
@@ -132,7 +137,18 @@ _REPAIRS = {
         0, _from_zero, f"digamma of at least {EPSILON:g}", f"tf.math.digamma({_ABOVE})"
     ),
     "Acosh": _Repair(0, _from_one, "acosh of numbers above 1", "tf.acosh(tf.maximum(x, 1.000001))"),
+    "Sub": _Repair(
+        None,
+        _finite,
+        "differences of finite numbers",
+        f"{_KEPT_FINITE('a')} - {_KEPT_FINITE('b')}",
+    ),
+    "Mul": _Repair(
+        None, _finite, "products of finite numbers", f"{_KEPT_FINITE('a')} * {_KEPT_FINITE('b')}"
+    ),
 }
+# These leave their domain only by infinities that were made elsewhere.
+_BY_INFINITY = frozenset(["Sub", "Mul"])
 _BY_NAME = {kind.lower(): kind for kind in _REPAIRS}
 _BY_NAME |= {"div": "RealDiv", "inv": "Reciprocal"}
 # A gradient op at fault, and the op whose gradient it is.
@@ -184,16 +200,17 @@ def kept_in_domain(value: str, optimizers: Sequence[Any]) -> Iterator[None]:
     """
     graph_type = tf.__internal__.FuncGraph
     create = graph_type._create_op_internal
-    kinds = frozenset(_REPAIRS) if value == _EVERY else frozenset([value])
+    kinds = frozenset(_REPAIRS) - _BY_INFINITY if value == _EVERY else frozenset([value])
     suspended = [False]
 
     def created(graph: Any, op_type: str, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if op_type in kinds and not suspended[0]:
             repair = _REPAIRS[op_type]
             inputs = list(inputs)
-            if inputs[repair.place].dtype.is_floating:
-                with _set(suspended):
-                    inputs[repair.place] = repair.keep(inputs[repair.place])
+            for place in range(len(inputs)) if repair.place is None else [repair.place]:
+                if inputs[place].dtype.is_floating:
+                    with _set(suspended):
+                        inputs[place] = repair.keep(inputs[place])
         return create(graph, op_type, inputs, *args, **kwargs)
 
     def left_alone(update: Callable[..., Any]) -> Callable[..., Any]:

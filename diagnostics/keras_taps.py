@@ -158,7 +158,9 @@ class Recorder:
 
         TensorFlow raises on such an index on the CPU, and takes another row under XLA.
         """
-        plain = tf.is_tensor(indices) and not isinstance(indices, (tf.SparseTensor, tf.RaggedTensor))
+        plain = tf.is_tensor(indices) and not isinstance(
+            indices, (tf.SparseTensor, tf.RaggedTensor)
+        )
         if not plain or getattr(indices, "graph", None) is not self._graph:
             return indices
         rows = tf.cast(layer.input_dim, indices.dtype)
@@ -327,7 +329,12 @@ def _tapped_activation(layer: Any) -> Iterator[None]:
 
 
 def _bounded(layer: Any) -> bool:
-    """Whether its activation maps finite numbers to finite ones."""
+    """Whether its activation maps finite numbers to finite ones.
+
+    That of a recurrent layer is applied inside its loop, which no tap sees.
+    """
+    if isinstance(layer, keras.layers.RNN):
+        return False
     activation = getattr(layer, "activation", None)
     built_in = getattr(activation, "__module__", "").startswith("keras.")
     return built_in and getattr(activation, "__name__", "") not in _UNBOUNDED_ACTIVATIONS

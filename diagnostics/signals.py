@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from diagnostics.evidence import Evidence
-from diagnostics.protocol import RunFacts, Telemetry
+from diagnostics.protocol import LayerFacts, RunFacts, Telemetry
 from diagnostics.report_words import number
 from diagnostics.telemetry_view import (
     input_absmax,
@@ -27,10 +27,24 @@ UNSCALED_INPUT = 10.0  # RMS
 UNSCALED_TARGET = 100.0
 _LEARNT = 0.7  # times the loss of guessing
 _SETTLED = 10  # steps whose median counts
+_CROSS_ENTROPIES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _FLOAT16_LIMIT_BITS = 16.0
+_OUTGROWN = 1e3  # times all that came before
 RECURRENT = ("RNN", "LSTM", "GRU")
+# Activations that follow their input without end.
+UNBOUNDED = (
+    "relu",
+    "linear",
+    "elu",
+    "selu",
+    "leaky_relu",
+    "gelu",
+    "silu",
+    "softplus",
+    "exponential",
+)
 
 
 def input_arrays(evidence: Evidence) -> dict[str, TensorStats]:
@@ -74,6 +88,12 @@ def target_scale(evidence: Evidence) -> tuple[float, str]:
     targets = {n: s.rms for n, s in label_arrays(evidence).items() if not is_integer(s)}
     name = max(targets, key=lambda target: targets[target], default="")
     return (targets[name], name) if name else (0.0, "")
+
+
+def takes_probabilities(facts: RunFacts) -> bool:
+    """Whether the loss is a cross-entropy whose targets lie between 0 and 1."""
+    name = facts.loss.lower()
+    return "sparse" not in name and any(word in name for word in _CROSS_ENTROPIES)
 
 
 def unscaled(evidence: Evidence) -> bool:
@@ -238,6 +258,23 @@ def in_recurrence(evidence: Evidence) -> str:
     kinds = {layer.name: layer.kind for layer in evidence.facts.layers}
     kind = kinds.get(first.layer or "", "") if first is not None else ""
     return kind if any(word in kind for word in RECURRENT) else ""
+
+
+def unbounded_recurrence(evidence: Evidence) -> list[LayerFacts]:
+    """Recurrent layers without bound whose output had outgrown all before it a thousandfold."""
+    telemetry = evidence.telemetry
+    inputs = input_absmax(telemetry)
+    if inputs is None or not inputs.size or not exploded(evidence):
+        return []
+    row, found = preactivations_of_row(telemetry, -1), []
+    largest = max(1.0, float(inputs[-1]))
+    for layer in evidence.facts.layers:
+        peak = row.get(layer.name, 0.0)
+        recurrent = any(word in layer.kind for word in RECURRENT)
+        if recurrent and layer.activation in UNBOUNDED and not peak < _OUTGROWN * largest:
+            found.append(layer)
+        largest = max(largest, peak)
+    return found
 
 
 def half_precision(evidence: Evidence) -> bool:

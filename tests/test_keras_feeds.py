@@ -97,3 +97,44 @@ def test_an_index_that_an_embedding_has_no_row_for_is_the_data(tmp_path, bad):
     assert found.cause.kind == "data" and "words has 20 rows" in found.cause.evidence[0]
     kept = next(one for one in found.counterfactuals if one.kind == "known_indices")
     assert kept.survived and found.recommendation.verified
+
+
+def test_a_column_that_was_constant_when_a_normalisation_was_adapted(tmp_path):
+    x, _ = data()
+    x[:24, 1] = 2.0
+    made = []
+
+    def build():
+        norm = L.Normalization(name="norm")
+        norm.adapt(x[:16])
+        made.append(keras.Sequential([keras.Input(x.shape[1:]), norm, L.Dense(1, name="out")]))
+        return compiled(made[0], loss="mse", optimizer=keras.optimizers.SGD(0.01))
+
+    found = Fitted(build, x, x[:, :1], tmp_path / "run").guard.diagnose(budget_seconds=6)
+    assert found.cause.kind == "data" and "norm was adapted" in found.cause.evidence[0]
+    assert found.recommendation.verified
+    exec(found.recommendation.command, {"model": made[0], "keras": keras})
+    assert np.abs(made[0].get_layer("norm")(x)).max() < 100
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "line"),
+    [
+        (0, 255, "uint8", "y = y / 255"),
+        (-1, 1, "float32", "y = (y + 1) / 2"),
+        (-1, 1, "int32", "y = (y + 1) / 2"),
+    ],
+)
+def test_labels_that_are_no_probabilities_are_mapped_to_some(tmp_path, low, high, kind, line):
+    x, _ = data()
+    y = np.where(x[:, :1] > 0, high, low).astype(kind)
+
+    def build():
+        layers = [keras.Input(x.shape[1:]), L.Dense(8, "relu"), L.Dense(1, "sigmoid")]
+        model, rate = keras.Sequential(layers), keras.optimizers.Adam(0.05)
+        return compiled(model, loss="binary_crossentropy", optimizer=rate)
+
+    fitted = Fitted(build, x, y, tmp_path / "run", epochs=20)
+    found = fitted.guard.diagnose(budget_seconds=6)
+    assert found.cause.kind == "labels" and found.recommendation.verified
+    assert found.recommendation.command.startswith(line)

@@ -134,6 +134,28 @@ def test_without_the_loss_of_guessing_only_a_reason_makes_a_stall():
     assert watched(telemetry(columns), regression) == []
 
 
+def test_a_gradient_of_exactly_0_is_a_stall_wherever_the_loss_stands():
+    loss = np.r_[0.6, np.full(39, 0.4)]  # its batches differ
+    columns = {"loss": loss, "grad_norm": np.zeros(40)}
+    assert "exactly 0" in detect_stall(telemetry(columns), RunFacts(layers=()))
+    columns["grad_norm"] = np.r_[1.0, np.zeros(39)]
+    assert detect_stall(telemetry(columns), RunFacts(layers=())) is None
+    columns = {"loss": np.r_[0.6, np.zeros(39)], "grad_norm": np.zeros(40)}
+    assert detect_stall(telemetry(columns), RunFacts(layers=())) is None, "nothing left to learn"
+
+
+@pytest.mark.parametrize(("fall", "stalled"), [(0.0, True), (0.5, False)])
+def test_a_layer_that_died_is_a_stall_where_the_loss_stands(fall, stalled):
+    columns = quiet(80, [("hidden", 8), ("out", 8)])
+    columns["loss"] = np.r_[np.full(10, 9.0), np.linspace(5.0, 5.0 - fall * 5.0, 70)]
+    columns["hidden/preactivation_max"] = np.r_[np.ones(10), np.zeros(70)]
+    columns["hidden/preactivation_min"] = -np.ones(80)
+    columns["hidden/gradient_norm"] = np.r_[np.ones(10), np.zeros(70)]
+    known = facts([("hidden", 8), ("out", 8)], classes=None, chance_loss=None, loss="mse")
+    found = detect_stall(telemetry(columns), known)
+    assert (found is not None and "Since step 10" in found) is stalled
+
+
 def test_finite_runaway_is_divergence():
     columns = quiet(30)
     columns["loss"][15:] *= 1e3
