@@ -48,7 +48,7 @@ def _label_range(evidence: Evidence) -> Iterator[Finding]:
     classes = evidence.facts.classes
     refused = ("data", "labels") in failed_checks(evidence)
     if classes and (_class_numbers(evidence) or refused):
-        if low < 0 or high >= classes:
+        if _beyond_classes(evidence):
             hint = ""
             if low >= 1 and high == classes:
                 hint = "; they look numbered from 1: subtract 1"
@@ -93,6 +93,15 @@ def _beyond_probability(evidence: Evidence) -> bool:
     if evidence.label_range is None or not fits:
         return False
     return evidence.label_range[0] < 0 or evidence.label_range[1] > 1
+
+
+def _beyond_classes(evidence: Evidence) -> bool:
+    """Whether labels of a classifier that ought to be class numbers are none."""
+    classes, span = evidence.facts.classes, evidence.label_range
+    refused = ("data", "labels") in failed_checks(evidence)
+    if not classes or span is None or not (_class_numbers(evidence) or refused):
+        return False
+    return span[0] < 0 or span[1] >= classes
 
 
 def _class_numbers(evidence: Evidence) -> bool:
@@ -162,8 +171,8 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
 def _bottomless_loss(evidence: Evidence) -> Iterator[Finding]:
     loss = scalar_column(evidence.telemetry, "loss")
     finite = np.zeros(0) if loss is None else loss[np.isfinite(loss)]
-    if _beyond_probability(evidence) or not finite.size:
-        return
+    if _beyond_probability(evidence) or _beyond_classes(evidence) or not finite.size:
+        return  # which explains it
     if bottomless(evidence.telemetry):
         yield Finding(
             "loss_formula",

@@ -10,7 +10,7 @@ import numpy as np
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import gain_bits, layer_gains
-from diagnostics.op_domains import DomainFault, domain_fault, op_name
+from diagnostics.op_domains import UNCAST, DomainFault, domain_fault, op_name
 from diagnostics.report_words import number, plural
 from diagnostics.signals import (
     HUGE,
@@ -107,7 +107,8 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
             5.0,
             "In float16, which ends at 65504, a constant such as -1e9 is itself infinite",
         )
-    for survivor in (*evidence.survivors("loss_formula"), *evidence.survivors("domain")):
+    domain = [one for one in evidence.survivors("domain") if one.value != UNCAST]
+    for survivor in (*evidence.survivors("loss_formula"), *domain):
         yield Finding(kind, 3.0 * sane, f"With {survivor.change} the same steps stay finite")
     yield from _unbounded_output(evidence, kind)
 

@@ -36,7 +36,7 @@ ANSWERS = {
         "domain",
         "regulariser",
     ),
-    "precision": ("precision", "optimizer_epsilon"),
+    "precision": ("precision", "optimizer_epsilon", "domain"),
     "optimizer": ("optimizer_setting", "optimizer_epsilon", "learning_rate", "clip_norm"),
     "architecture": (
         "zero_weights",

@@ -79,7 +79,7 @@ def data_changes(batch: Batch | None, facts: RunFacts) -> list[Change]:
 
 
 def _probability_changes(labels: list[np.ndarray], facts: RunFacts) -> list[Change]:
-    """Targets of a cross-entropy that are no probabilities, as masks of 255 or classes of -1 and 1."""
+    """Targets of a cross-entropy that are no probabilities: masks of 255, classes of -1 and 1."""
     whole = [a for a in labels if takes_probabilities(facts) and np.isfinite(a).all()]
     low = min((float(a.min()) for a in whole), default=0.0)
     high = max((float(a.max()) for a in whole), default=1.0)

@@ -19,7 +19,7 @@ from diagnostics.keras_data_changes import (
     index_changes,
     outlier_changes,
 )
-from diagnostics.keras_domains import domain_changes
+from diagnostics.keras_domains import domain_changes, uncast
 from diagnostics.keras_layer_changes import (
     LAYER_CHANGES,
     changes_at,
@@ -182,9 +182,12 @@ class KerasRun:
 
     def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
         """Implements `diagnostics.protocol.RepairsFormulas`."""
-        found = domain_changes(place, self._half())
+        half = self._half() or place.dtype == "float16"
+        found = domain_changes(place, half)
+        if half and not self._half():
+            found = [uncast(place), *found]
         self._lines.update({one.label: one.line for one in found})
-        changes = changes_at(self._shared.model, place, self._start, self._half())
+        changes = changes_at(self._shared.model, place, self._start, half)
         return [
             *changes,
             *(Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)),

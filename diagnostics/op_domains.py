@@ -13,6 +13,8 @@ from typing import NamedTuple
 from diagnostics.diagnosis import FirstNonfinite, InputRange
 from diagnostics.report_words import number
 
+UNCAST = "uncast"  # a repair: numbers stay in float32
+
 _LOG = {"log", "xlogy"}
 _LOG1P = {"log1p", "xlog1py"}
 _DIVISION = {"realdiv", "div", "truediv", "xdivy", "divide", "floordiv", "mod", "floormod"}

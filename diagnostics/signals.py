@@ -278,8 +278,9 @@ def unbounded_recurrence(evidence: Evidence) -> list[LayerFacts]:
 
 
 def half_precision(evidence: Evidence) -> bool:
-    """Whether the run computes in float16, by its facts or by its arrays."""
-    if is_half(evidence.facts.precision):
+    """Whether the run computes in float16, by its facts, its arrays or the op at fault."""
+    first = evidence.first_nonfinite
+    if is_half(evidence.facts.precision) or (first is not None and first.dtype == "float16"):
         return True
     return any(is_half_array(stats) for stats in evidence.weight_stats.values())
 

@@ -8,7 +8,7 @@ from keras_models import FEATURES, Fitted, L, compiled, data
 
 from diagnostics.guard import all_finite
 from diagnostics.keras_data_changes import data_command
-from diagnostics.keras_domains import _BY_INFINITY, _BY_NAME, _REPAIRS, kept_in_domain
+from diagnostics.keras_domains import _APART, _BY_NAME, _REPAIRS, kept_in_domain
 from diagnostics.keras_replay import KerasRun
 from diagnostics.keras_update import Group, exact_sight, new_state
 from diagnostics.keras_xla_sight import xla_all_finite, xla_sight
@@ -37,6 +37,7 @@ BEYOND = {
     "Ndtri": (lambda x: tf.math.ndtri(x), 0.0),
     "Lgamma": (lambda x: tf.math.lgamma(x), 0.0),
     "Digamma": (lambda x: tf.math.digamma(x), 0.0),
+    "Cholesky": (lambda x: tf.linalg.cholesky(tf.reshape(x, [1, 1]))[0, 0], -1.0),
     "Sub": (lambda x: x - tf.reduce_max(x), -np.inf),
     "Mul": (lambda x: x * tf.zeros_like(x), np.inf),
 }
@@ -68,7 +69,7 @@ def test_every_repair_is_tried_here():
     ("name", "every"),
     [
         *((name, False) for name in BEYOND),
-        *((name, True) for name in BEYOND if name not in _BY_INFINITY),
+        *((name, True) for name in BEYOND if name not in _APART),
     ],
 )
 def test_an_op_beyond_its_domain_becomes_finite_and_inside_it_stays(name, every):
@@ -99,6 +100,22 @@ def test_the_difference_of_two_infinities_in_a_loss_is_mended(tmp_path):
     assert (found.first_nonfinite.op, found.cause.kind) == ("Sub", "loss_formula")
     assert "the difference of two infinities" in found.cause.evidence[0]
     assert found.recommendation.verified and "a.dtype.min" in found.recommendation.command
+
+
+def test_a_cast_to_float16_in_a_float32_program_is_the_precision(tmp_path):
+    x, y = data()
+
+    class Energy(L.Layer):
+        def call(self, v):
+            half = tf.cast(100.0 * v, tf.float16)
+            return tf.cast(half * half, tf.float32) / 1e4
+
+    def build():
+        return compiled(keras.Sequential([keras.Input((FEATURES,)), Energy(), L.Dense(3)]))
+
+    found = Fitted(build, x, y, tmp_path / "run").guard.diagnose(budget_seconds=6)
+    assert found.first_nonfinite.dtype == "float16" and found.cause.kind == "precision"
+    assert found.recommendation.verified and "tf.float32" in found.recommendation.command
 
 
 def test_the_optimizer_and_later_graphs_are_left_alone():

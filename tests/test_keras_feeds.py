@@ -1,4 +1,4 @@
-"""Faults in what `fit` is fed by datasets, generators and weights: the row, and a line that mends."""
+"""Faults in what `fit` is fed: the row, and a line that mends it."""
 
 import keras
 import numpy as np
