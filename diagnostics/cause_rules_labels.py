@@ -22,10 +22,9 @@ from diagnostics.signals import (
     target_scale,
     weight_arrays,
 )
-from diagnostics.survival import bottomless
+from diagnostics.survival import DIFFERENCE_LOSSES, bottomless
 from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
 
-_DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
 _LARGE_WEIGHT = 100.0
 
 
@@ -162,7 +161,7 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
     )
     if facts.extra.get("loss weights"):
         return  # they did it, see `_weighted`
-    if any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
+    if any(word in facts.loss.lower() for word in DIFFERENCE_LOSSES):
         yield Finding("labels", 4.0, f"{text}: labels of that step must have been far larger")
     else:
         yield Finding("loss_formula", 3.0, f"{text}: the formula blows them up")

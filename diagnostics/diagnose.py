@@ -38,7 +38,7 @@ from diagnostics.replay import (
 )
 from diagnostics.rewind import telemetry_until
 from diagnostics.stall import detect_divergence, detect_stall, stall_signals
-from diagnostics.survival import RUNAWAY_LOSS
+from diagnostics.survival import RUNAWAY_LOSS, usual_loss
 from diagnostics.telemetry_view import scalar_column
 from diagnostics.tensor_stats import TensorStats, describe
 from diagnostics.trace import locate
@@ -320,8 +320,7 @@ def _dead_from(evidence: Evidence) -> int:
     loss = scalar_column(evidence.telemetry, "loss")
     if evidence.verdict != "diverged" or loss is None:
         return evidence.step
-    chance = evidence.facts.chance_loss
-    usual = abs(float(loss[0])) if chance is None else chance
+    usual = usual_loss(float(loss[0]), evidence.facts)
     alive = np.flatnonzero(np.abs(loss) <= RUNAWAY_LOSS * usual)
     row = int(alive[-1]) + 1 if alive.size else 0
     return int(evidence.telemetry.steps[min(row, loss.size - 1)])

@@ -17,12 +17,11 @@ import numpy as np
 
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_words import number
+from diagnostics.survival import usual_loss
 from diagnostics.telemetry_view import layer_column, layer_names, scalar_column
 from diagnostics.update_size import update_ratio
 
 RUNAWAY = 100.0  # times the loss of guessing, or the first loss where that is unknown
-# Below zero times this at least: a similarity is near 0 at first and ends at -1.
-LEAST_DEPTH = 1.0
 GRADIENT_RUNAWAY = 1e6  # times the gradient norm of the first steps
 WORSE_THAN_GUESSING = 3.0  # times its loss: a run that ends there has run away
 _FLAT = (0.98, WORSE_THAN_GUESSING)  # smoothed loss over the loss of guessing
@@ -264,13 +263,11 @@ def detect_divergence(telemetry: Telemetry, facts: RunFacts) -> str | None:
     loss, gradient = scalar_column(telemetry, "loss"), scalar_column(telemetry, "grad_norm")
     if loss is None or loss.size < 2 or not np.isfinite(loss[-5:]).all():
         return None
-    usual = facts.chance_loss if facts.chance_loss else abs(float(loss[0]))
+    usual = usual_loss(float(loss[0]), facts)
     now = float(np.median(np.abs(loss[-5:])))
     if facts.chance_loss and _worse_than_guessing(loss, facts.chance_loss):
         times = now / facts.chance_loss
         return f"The loss ends at {now:.4g}, {times:.3g} times the loss of guessing"
-    if loss[-1] < 0 and not facts.chance_loss:
-        usual = max(usual, LEAST_DEPTH)
     if usual > 0 and now > RUNAWAY * usual:
         what = "the loss of guessing" if facts.chance_loss else "the first one"
         return f"The loss ran away to {number(float(loss[-1]))}, {now / usual:.3g} times {what}"

@@ -181,8 +181,16 @@ def test_a_similarity_that_is_learnt_does_not_run_away():
     assert detect_divergence(telemetry({"loss": learnt}), unknown) is None
     limits = DivergenceLimits(unknown)
     assert all(limits.limits({"loss": loss})[0] > abs(loss) for loss in learnt)
-    # Upwards from as small a start it has run away.
-    assert detect_divergence(telemetry({"loss": np.abs(learnt)}), unknown) is not None
+
+
+@pytest.mark.parametrize(("name", "tells"), [("mse", True), ("nll", False)])
+def test_a_loss_of_no_known_kind_may_begin_near_0_and_spike(name, tells):
+    """A Gaussian likelihood of step 0 may be anything; a squared error of 0.01 is one."""
+    loss = np.r_[0.01, np.full(60, 0.02), np.full(20, 40.0)]
+    unknown = facts(classes=None, chance_loss=None, loss=name)
+    assert (detect_divergence(telemetry({"loss": loss}), unknown) is not None) is tells
+    limits = DivergenceLimits(unknown)
+    assert any(limits.limits({"loss": one})[0] < abs(one) for one in loss) is tells
 
 
 def test_runaway_gradient_is_divergence():
