@@ -87,7 +87,7 @@ def usual_loss(first: float, facts: RunFacts) -> float:
     if facts.chance_loss:
         return facts.chance_loss
     known = any(word in facts.loss.lower() for word in (*DIFFERENCE_LOSSES, "entropy"))
-    return abs(first) if known else max(abs(first), LEAST_SIZE)
+    return first if known and first >= 0 else max(abs(first), LEAST_SIZE)
 
 
 def bottomless(telemetry: Telemetry) -> bool:

@@ -181,6 +181,8 @@ def test_a_similarity_that_is_learnt_does_not_run_away():
     assert detect_divergence(telemetry({"loss": learnt}), unknown) is None
     limits = DivergenceLimits(unknown)
     assert all(limits.limits({"loss": loss})[0] > abs(loss) for loss in learnt)
+    # Upwards from as small a start it has run away.
+    assert detect_divergence(telemetry({"loss": np.abs(learnt)}), unknown) is not None
 
 
 @pytest.mark.parametrize(("name", "tells"), [("mse", True), ("nll", False)])
