@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from diagnostics.evidence import Evidence
-from diagnostics.protocol import LayerFacts, RunFacts, Telemetry
+from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_words import number
 from diagnostics.telemetry_view import (
     input_absmax,
@@ -31,7 +31,6 @@ _CROSS_ENTROPIES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _FLOAT16_LIMIT_BITS = 16.0
-_OUTGROWN = 1e3  # times all that came before
 RECURRENT = ("RNN", "LSTM", "GRU")
 # Activations that follow their input without end.
 UNBOUNDED = (
@@ -258,23 +257,6 @@ def in_recurrence(evidence: Evidence) -> str:
     kinds = {layer.name: layer.kind for layer in evidence.facts.layers}
     kind = kinds.get(first.layer or "", "") if first is not None else ""
     return kind if any(word in kind for word in RECURRENT) else ""
-
-
-def unbounded_recurrence(evidence: Evidence) -> list[LayerFacts]:
-    """Recurrent layers without bound whose output had outgrown all before it a thousandfold."""
-    telemetry = evidence.telemetry
-    inputs = input_absmax(telemetry)
-    if inputs is None or not inputs.size or not exploded(evidence):
-        return []
-    row, found = preactivations_of_row(telemetry, -1), []
-    largest = max(1.0, float(inputs[-1]))
-    for layer in evidence.facts.layers:
-        peak = row.get(layer.name, 0.0)
-        recurrent = any(word in layer.kind for word in RECURRENT)
-        if recurrent and layer.activation in UNBOUNDED and not peak < _OUTGROWN * largest:
-            found.append(layer)
-        largest = max(largest, peak)
-    return found
 
 
 def half_precision(evidence: Evidence) -> bool:
