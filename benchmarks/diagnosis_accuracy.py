@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 HERE = Path(__file__).resolve().parent
+OWN = ("own_cases", "own_cases_later", "own_cases_newest")
 
 
 @dataclass
@@ -159,7 +160,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the scores there")
     options = parser.parse_args()
     sys.path[:0] = [str(HERE), str(options.cases)]
-    own = [importlib.import_module(name).CASES for name in ("own_cases", "own_cases_later")]
+    own = [importlib.import_module(name).CASES for name in OWN]
     sets = {"Our own cases": [case for cases in own for case in cases]}
     if options.cases.is_dir():
         published: list[Any] = []

@@ -19,23 +19,29 @@ from diagnostics.signals import (
     half_precision,
     input_arrays,
     input_scale,
+    is_integer,
     label_arrays,
     learnt_first,
     lonely_peak,
     lonely_sentence,
     loss_over_chance,
+    weight_arrays,
 )
 from diagnostics.telemetry_view import (
     input_absmax,
+    preactivation_absmax,
 )
 from diagnostics.tensor_stats import TensorStats
 
 _OUTLIER = 30.0  # times the usual largest input
+_OUTGROWN = 1e3  # times the largest input
 
 
 def data_findings(evidence: Evidence) -> Iterator[Finding]:
-    """Inputs, and numbers that are not finite in inputs or labels."""
+    """Inputs, and numbers that are not finite in inputs, labels or weights of examples."""
     yield from _not_finite(evidence)
+    yield from _no_such_row(evidence)
+    yield from _flat_when_adapted(evidence)
     yield from _outlier(evidence)
     yield from _suspect_examples(evidence)
     if exploded(evidence):
@@ -48,13 +54,54 @@ def _not_finite(evidence: Evidence) -> Iterator[Finding]:
     if first is not None and first.stage == "data" and first.examples:
         names = ", ".join(first.example_names[:3]) or ", ".join(map(str, first.examples[:3]))
         rows = f", in {plural(len(first.examples), 'example')}: {names}"
-    for kind, arrays in (("data", input_arrays(evidence)), ("labels", label_arrays(evidence))):
+    fed = {**input_arrays(evidence), **weight_arrays(evidence)}
+    for kind, arrays in (("data", fed), ("labels", label_arrays(evidence))):
         for name, stats in arrays.items():
             if not stats.finite:
                 yield Finding(kind, 8.0, f"{_broken(name, stats)} as fed to the step{rows}")
     tripped = [check for check in failed_checks(evidence) if check[0] == "data"]
     if ("data", "input") in tripped and all(s.finite for s in input_arrays(evidence).values()):
         yield Finding("data", 4.0, "The input became non-finite on its way into the first layer")
+
+
+def _no_such_row(evidence: Evidence) -> Iterator[Finding]:
+    """An index that an embedding has no row for."""
+    if evidence.outcome is None:
+        return
+    rows = {layer.name: layer.fan_in for layer in evidence.facts.layers}
+    for check in evidence.outcome.failed:
+        if check.quantity == "indices":
+            given = [s for s in input_arrays(evidence).values() if is_integer(s)]
+            among = f" from {given[0].minimum:g} to {given[0].maximum:g}" if len(given) == 1 else ""
+            yield Finding(
+                "data",
+                7.0,
+                f"The embedding {check.layer} has {rows.get(check.layer)} rows, and was given "
+                f"indices{among} that it has no row for",
+            )
+
+
+def _flat_when_adapted(evidence: Evidence) -> Iterator[Finding]:
+    """A normalisation that was adapted to a column that did not vary, and then did."""
+    inputs, telemetry = input_absmax(evidence.telemetry), evidence.telemetry
+    for layer in evidence.facts.layers:
+        variance = evidence.initial_weight_stats.get(f"statistics/{layer.name}/variance")
+        peaks = preactivation_absmax(telemetry, layer.name)
+        if layer.kind != "Normalization" or variance is None or variance.minimum != 0:
+            continue
+        if peaks is None or inputs is None:
+            continue
+        with np.errstate(invalid="ignore"):
+            blown = peaks > _OUTGROWN * np.maximum(1.0, inputs)
+        if blown.any():
+            step = int(telemetry.steps[np.argmax(blown)])
+            yield Finding(
+                "data",
+                6.0,
+                f"{layer.name} was adapted to data of which a column never changed: it divides "
+                f"that column by next to nothing, and put out {number(float(peaks[blown][0]))} at "
+                f"step {step}, where the column did change",
+            )
 
 
 def _broken(name: str, stats: TensorStats) -> str:

@@ -18,14 +18,14 @@ from diagnostics.signals import (
     label_arrays,
     lonely_peak,
     lonely_sentence,
+    takes_probabilities,
     target_scale,
+    weight_arrays,
 )
-from diagnostics.survival import bottomless
+from diagnostics.survival import DIFFERENCE_LOSSES, bottomless
 from diagnostics.telemetry_view import layer_names, preactivations_of_row, scalar_column
 
-_DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
 _LARGE_WEIGHT = 100.0
-_PROBABILITY_LOSSES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 
 
 def label_findings(evidence: Evidence) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def _label_range(evidence: Evidence) -> Iterator[Finding]:
     classes = evidence.facts.classes
     refused = ("data", "labels") in failed_checks(evidence)
     if classes and (_class_numbers(evidence) or refused):
-        if low < 0 or high >= classes:
+        if _beyond_classes(evidence):
             hint = ""
             if low >= 1 and high == classes:
                 hint = "; they look numbered from 1: subtract 1"
@@ -88,10 +88,19 @@ def _no_such_class(evidence: Evidence) -> Iterator[Finding]:
 
 def _beyond_probability(evidence: Evidence) -> bool:
     """Whether labels that ought to be probabilities are not."""
-    named = any(word in evidence.facts.loss.lower() for word in _PROBABILITY_LOSSES)
-    if evidence.label_range is None or not named or _class_numbers(evidence):
+    fits = takes_probabilities(evidence.facts) and not _class_numbers(evidence)
+    if evidence.label_range is None or not fits:
         return False
     return evidence.label_range[0] < 0 or evidence.label_range[1] > 1
+
+
+def _beyond_classes(evidence: Evidence) -> bool:
+    """Whether labels of a classifier that ought to be class numbers are none."""
+    classes, span = evidence.facts.classes, evidence.label_range
+    refused = ("data", "labels") in failed_checks(evidence)
+    if not classes or span is None or not (_class_numbers(evidence) or refused):
+        return False
+    return span[0] < 0 or span[1] >= classes
 
 
 def _class_numbers(evidence: Evidence) -> bool:
@@ -128,8 +137,8 @@ def _weighted(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _example_weights(evidence: Evidence) -> list[float]:
-    named = {n: s for n, s in evidence.batch_stats.items() if n.startswith("sample_weight")}
-    return [stats.absmax for stats in named.values() if math.isfinite(stats.absmax)]
+    arrays = weight_arrays(evidence).values()
+    return [stats.absmax for stats in arrays if math.isfinite(stats.absmax)]
 
 
 def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
@@ -152,7 +161,7 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
     )
     if facts.extra.get("loss weights"):
         return  # they did it, see `_weighted`
-    if any(word in facts.loss.lower() for word in _DIFFERENCE_LOSSES):
+    if any(word in facts.loss.lower() for word in DIFFERENCE_LOSSES):
         yield Finding("labels", 4.0, f"{text}: labels of that step must have been far larger")
     else:
         yield Finding("loss_formula", 3.0, f"{text}: the formula blows them up")
@@ -161,8 +170,8 @@ def _loss_out_of_proportion(evidence: Evidence) -> Iterator[Finding]:
 def _bottomless_loss(evidence: Evidence) -> Iterator[Finding]:
     loss = scalar_column(evidence.telemetry, "loss")
     finite = np.zeros(0) if loss is None else loss[np.isfinite(loss)]
-    if _beyond_probability(evidence) or not finite.size:
-        return
+    if _beyond_probability(evidence) or _beyond_classes(evidence) or not finite.size:
+        return  # which explains it
     if bottomless(evidence.telemetry):
         yield Finding(
             "loss_formula",

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from diagnostics.evidence import Evidence, Finding
-from diagnostics.op_domains import domain_fault, op_name
+from diagnostics.op_domains import UNCAST, domain_fault, op_name
 from diagnostics.report_words import number
 from diagnostics.signals import half_precision, largest_signal
-from diagnostics.telemetry_view import LARGEST_FLOAT16
+from diagnostics.telemetry_view import LARGEST_FLOAT16, is_half
 
 _SMALLEST_FLOAT16 = 2.0**-24
 _LARGEST_LOG2_FLOAT16 = math.log2(LARGEST_FLOAT16)
@@ -25,6 +25,7 @@ def number_findings(evidence: Evidence) -> Iterator[Finding]:
         yield from _near_the_limit(evidence)
         yield from _lost_to_zero(evidence)
     yield from _precision_replays(evidence, half)
+    yield from _uncast(evidence)
     yield from setting_findings(evidence)
     yield from _update_stage(evidence, half)
 
@@ -91,6 +92,17 @@ def _precision_replays(evidence: Evidence, half: bool) -> Iterator[Finding]:
             yield Finding("precision", -4.0)
 
 
+def _uncast(evidence: Evidence) -> Iterator[Finding]:
+    """A float32 program with an op of its own in float16."""
+    first = evidence.first_nonfinite
+    if first is None or first.dtype != "float16" or is_half(evidence.facts.precision):
+        return
+    for one in evidence.survivors("domain"):
+        if one.value == UNCAST:
+            text = f"{first.op} computed in float16, which ends at 65504"
+            yield Finding("precision", 4.0, f"{text}: with {one.change} the same steps survive")
+
+
 def setting_findings(evidence: Evidence) -> Iterator[Finding]:
     """Settings of the optimizer that no run can survive, whatever went wrong."""
     facts = evidence.facts
@@ -103,13 +115,15 @@ def setting_findings(evidence: Evidence) -> Iterator[Finding]:
         )
     elif facts.momentum < 0:
         yield Finding("optimizer", 2.0, f"Momentum is negative: {facts.momentum:g}")
+    bad = False
     for name in ("beta_1", "beta_2", "rho"):
         value = _extra_number(evidence, name)
         if value is not None and not 0 <= value < 1:
             yield Finding("optimizer", 5.0, f"{name} is {value:g}, it must lie in [0, 1)")
-            for one in evidence.survivors("optimizer_setting"):
-                # Nothing else is to be explained, not even weights that were broken by it.
-                yield Finding("optimizer", 6.0, f"With {one.change} the same steps survive")
+            bad = True
+    for one in evidence.survivors("optimizer_setting") if bad else ():
+        # Nothing else is to be explained, not even weights that were broken by it.
+        yield Finding("optimizer", 6.0, f"With {one.change} the same steps survive")
     settings = facts.extra.get("layer settings")
     if settings is not None:
         yield Finding("architecture", 7.0, f"A layer has a setting out of its range: {settings}")

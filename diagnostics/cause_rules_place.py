@@ -10,19 +10,24 @@ import numpy as np
 from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.evidence import Evidence, Finding
 from diagnostics.layer_gain import gain_bits, layer_gains
-from diagnostics.op_domains import DomainFault, domain_fault, op_name
+from diagnostics.op_domains import UNCAST, DomainFault, domain_fault, op_name
+from diagnostics.protocol import LayerFacts
 from diagnostics.report_words import number, plural
 from diagnostics.signals import (
     HUGE,
+    RECURRENT,
+    UNBOUNDED,
+    exploded,
     half_precision,
     in_recurrence,
     largest_signal,
     out_of_nowhere,
     unscaled,
 )
-from diagnostics.telemetry_view import overwritten, preactivations_of_row
+from diagnostics.telemetry_view import input_absmax, overwritten, preactivations_of_row
 
 _UNBOUNDED_ACTIVATIONS = ("exp", "exponential")
+_OUTGROWN = 1e3  # times all that came before
 
 
 def place_findings(evidence: Evidence) -> Iterator[Finding]:
@@ -106,7 +111,8 @@ def _formula(evidence: Evidence, first: FirstNonfinite) -> Iterator[Finding]:
             5.0,
             "In float16, which ends at 65504, a constant such as -1e9 is itself infinite",
         )
-    for survivor in (*evidence.survivors("loss_formula"), *evidence.survivors("domain")):
+    domain = [one for one in evidence.survivors("domain") if one.value != UNCAST]
+    for survivor in (*evidence.survivors("loss_formula"), *domain):
         yield Finding(kind, 3.0 * sane, f"With {survivor.change} the same steps stay finite")
     yield from _unbounded_output(evidence, kind)
 
@@ -199,6 +205,15 @@ def _unbounded_activation(evidence: Evidence) -> Iterator[Finding]:
 def _recurrence(evidence: Evidence) -> Iterator[Finding]:
     """A recurrent layer multiplies its state by the same weights at every time step."""
     first, kind = evidence.first_nonfinite, in_recurrence(evidence)
+    for layer in _unbounded_recurrence(evidence):
+        yield Finding(
+            "architecture",
+            2.5,
+            f"{layer.name} is recurrent ({layer.kind}) with the activation {layer.activation}, "
+            "which has no bound: its output is more than a thousand times what goes into it",
+        )
+        for one in evidence.survivors("activation"):
+            yield Finding("architecture", 2.5, f"With {one.change} the same steps survive")
     if kind and first is not None and first.stage in ("forward", "backward"):
         yield Finding(
             "architecture",
@@ -206,6 +221,23 @@ def _recurrence(evidence: Evidence) -> Iterator[Finding]:
             f"{first.layer} is recurrent ({kind}): it multiplies its state by the same weights "
             "at every time step, so over a long sequence the state grows without bound",
         )
+
+
+def _unbounded_recurrence(evidence: Evidence) -> list[LayerFacts]:
+    """Recurrent layers without bound whose output had outgrown all before it a thousandfold."""
+    telemetry = evidence.telemetry
+    inputs = input_absmax(telemetry)
+    if inputs is None or not inputs.size or not exploded(evidence):
+        return []
+    row, found = preactivations_of_row(telemetry, -1), []
+    largest = max(1.0, float(inputs[-1]))
+    for layer in evidence.facts.layers:
+        peak = row.get(layer.name, 0.0)
+        recurrent = any(word in layer.kind for word in RECURRENT)
+        if recurrent and layer.activation in UNBOUNDED and not peak < _OUTGROWN * largest:
+            found.append(layer)
+        largest = max(largest, peak)
+    return found
 
 
 def _alignment(evidence: Evidence) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ def stall_findings(evidence: Evidence) -> Iterator[Finding]:
     yield from _vanishing(evidence, signals)
     yield from _constant_weights(evidence)
     yield from _dead_layers(evidence, signals)
+    yield from _single_softmax(evidence)
     yield from _saturation(evidence, signals)
     yield from _normalised_away(evidence, signals)
     yield from _rate(evidence, signals)
@@ -111,6 +112,18 @@ def _dead_layers(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]
         yield Finding("architecture", 2.0, f"{text}: nothing behind it ever gets a gradient")
         if not evidence.survivors("init"):
             yield Finding("architecture", 1.0)
+
+
+def _single_softmax(evidence: Evidence) -> Iterator[Finding]:
+    """A softmax shares 1 out among its units: with a single one there is nothing to share."""
+    for layer in evidence.facts.layers:
+        if layer.kind == "dense" and layer.activation == "softmax" and layer.fan_out == 1:
+            yield Finding(
+                "architecture",
+                6.0,
+                f"{layer.name} ends in a softmax over a single unit, which is 1 whatever goes into "
+                "it: a single unit takes a sigmoid",
+            )
 
 
 def _saturation(evidence: Evidence, signals: StallSignals) -> Iterator[Finding]:

@@ -37,8 +37,8 @@ from diagnostics.replay import (
     telemetry_differences,
 )
 from diagnostics.rewind import telemetry_until
-from diagnostics.stall import detect_divergence, detect_stall
-from diagnostics.survival import RUNAWAY_LOSS
+from diagnostics.stall import detect_divergence, detect_stall, stall_signals
+from diagnostics.survival import RUNAWAY_LOSS, usual_loss
 from diagnostics.telemetry_view import scalar_column
 from diagnostics.tensor_stats import TensorStats, describe
 from diagnostics.trace import locate
@@ -272,7 +272,9 @@ class _Session:
             changes += self._run.formula_changes(place)
         rate = self._run.facts.learning_rate
         if evidence.verdict == "stalled":
-            changes = [c for c in changes if c.kind in _WAKING]
+            died = stall_signals(evidence.telemetry, self._run.facts).dead_since
+            kinds = (*_WAKING, "learning_rate", "clip_norm") if died else _WAKING
+            changes = [c for c in changes if c.kind in kinds]
             for larger in livelier_rates(rate or 0.0, evidence.telemetry, self._run.facts):
                 label = f"learning rate {larger:g}"
                 changes.append(Change("learning_rate", larger, label, rank=3))
@@ -318,8 +320,7 @@ def _dead_from(evidence: Evidence) -> int:
     loss = scalar_column(evidence.telemetry, "loss")
     if evidence.verdict != "diverged" or loss is None:
         return evidence.step
-    chance = evidence.facts.chance_loss
-    usual = abs(float(loss[0])) if chance is None else chance
+    usual = usual_loss(float(loss[0]), evidence.facts)
     alive = np.flatnonzero(np.abs(loss) <= RUNAWAY_LOSS * usual)
     row = int(alive[-1]) + 1 if alive.size else 0
     return int(evidence.telemetry.steps[min(row, loss.size - 1)])

@@ -49,6 +49,7 @@ class FirstNonfinite:
       example_names: their files or names.
       inputs: ranges of the op's inputs.
       seen_in: 'compiled step' or 'op-by-op replay': which of the two showed it.
+      dtype: of the op's output, as 'float16'; None where it is not known.
     """
 
     stage: str
@@ -62,6 +63,7 @@ class FirstNonfinite:
     example_names: tuple[str, ...] = ()
     inputs: tuple[InputRange, ...] = ()
     seen_in: str = "compiled step"
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)

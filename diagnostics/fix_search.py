@@ -16,14 +16,16 @@ from diagnostics.stall import IDLE_UPDATE, stall_signals
 ANSWERS = {
     "data": (
         "without_examples",
+        "known_indices",
+        "finite_statistics",
+        "example_weights",
         "valid_examples",
         "usual_examples",
         "finite_inputs",
         "input_scale",
         "target_scale",
-        "example_weights",
     ),
-    "labels": ("without_examples", "shift_labels", "valid_examples", "target_scale"),
+    "labels": ("without_examples", "shift_labels", "label_span", "valid_examples", "target_scale"),
     "init": ("zero_weights", "init", "init_scale"),
     "weights": ("finite_statistics", "init"),
     "learning_rate": ("learning_rate", "constant_rate", "warmup", "clip_norm"),
@@ -34,7 +36,7 @@ ANSWERS = {
         "domain",
         "regulariser",
     ),
-    "precision": ("precision", "optimizer_epsilon"),
+    "precision": ("precision", "optimizer_epsilon", "domain"),
     "optimizer": ("optimizer_setting", "optimizer_epsilon", "learning_rate", "clip_norm"),
     "architecture": (
         "zero_weights",

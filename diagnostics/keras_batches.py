@@ -6,9 +6,10 @@ of a refused step, and those kept for replays, are ever copied to the host.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ from diagnostics.protocol import Batch
 
 KEPT_BYTES = 64 << 20  # for the first batches of a fit, and as much again for the last
 FIRST_BATCHES, LAST_BATCHES = 1024, 8
+ARRAYS, DATASET, GENERATOR = "arrays", "dataset", "generator"
 
 
 class KeptBatches:
@@ -72,38 +74,54 @@ def batches_of(arrays: Batch) -> dict[int, Batch]:
 
 
 class DataSource:
-    """The arrays that `fit` was given, if it was given arrays: to tell the number of a row.
+    """What `fit` was given: to tell the number of a row.
 
     `fit` tells its callbacks nothing of its data, so this looks at the caller's frame.
+
+    Attributes:
+      kind: ARRAYS, DATASET, or GENERATOR for a Python generator or a `PyDataset`.
     """
 
     def __init__(self, model: Any) -> None:
+        self.kind = ARRAYS
         self._inputs: np.ndarray | None = None
         self._in_order = False
         frame = sys._getframe(1)
         while frame is not None:
             known = frame.f_locals
             if frame.f_code.co_name == "fit" and known.get("self") is model:
-                first = next(iter(keras.tree.flatten(known.get("x"))), None)
-                if isinstance(first, (np.ndarray, tf.Tensor)) and len(first.shape):
-                    self._inputs = np.asarray(first)
-                self._in_order = not known.get("shuffle") and not known.get("validation_split")
+                self._look_at(known.get("x"), known)
                 return
             frame = frame.f_back  # type: ignore[assignment]
 
+    def _look_at(self, x: Any, known: Mapping[str, Any]) -> None:
+        if isinstance(x, tf.data.Dataset):
+            self.kind, self._in_order = DATASET, not _shuffles(x)
+        elif isinstance(x, keras.utils.PyDataset) or inspect.isgenerator(x):
+            shuffled = known.get("shuffle") and not inspect.isgenerator(x)
+            self.kind, self._in_order = GENERATOR, not shuffled
+        else:
+            first = next(iter(keras.tree.flatten(x)), None)
+            if isinstance(first, (np.ndarray, tf.Tensor)) and len(first.shape):
+                self._inputs = np.asarray(first)
+            self._in_order = not known.get("shuffle") and not known.get("validation_split")
+
     def rows(self, batch: Batch, first_row: int) -> np.ndarray | None:
         """Number in the data of each row of a batch, int64; None if it is not known.
+
+        Of a dataset or a generator, the number in the epoch.
 
         Args:
           first_row: rows of the epoch that came before, which counts if nothing shuffles.
             Else rows are found by their content; of equal ones the first.
         """
         fed = next((a for name, a in batch.items() if name.startswith("inputs")), None)
-        if self._inputs is None or fed is None or not fed.ndim:
+        known = self._inputs is not None or self.kind != ARRAYS
+        if not known or fed is None or not fed.ndim:
             return None
         if self._in_order:
             return np.arange(first_row, first_row + len(fed), dtype=np.int64)
-        if self._inputs.shape[1:] != fed.shape[1:]:
+        if self._inputs is None or self._inputs.shape[1:] != fed.shape[1:]:
             return None
         own = self._inputs.astype(fed.dtype, copy=False)
         places: dict[bytes, int] = {}
@@ -111,6 +129,14 @@ class DataSource:
             places[own[place].tobytes()] = place
         found = [places.get(row.tobytes()) for row in fed]
         return None if None in found else np.array(found, np.int64)
+
+
+def _shuffles(dataset: tf.data.Dataset) -> bool:
+    """Whether the dataset, or one that it is made from, draws at random."""
+    name = type(dataset).__name__
+    if "Shuffle" in name or "Random" in name:
+        return True
+    return any(_shuffles(one) for one in dataset._inputs())
 
 
 def flatten_batch(data: Any) -> tuple[Batch, Any]:

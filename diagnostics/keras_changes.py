@@ -16,7 +16,7 @@ from diagnostics.keras_optimizer import inner_optimizer, optimizer_code, rate_va
 from diagnostics.keras_sights import RUNAWAY_GRADIENT, RUNAWAY_LOSS
 from diagnostics.keras_starts import FINITE_WEIGHTS, ZERO_BIASES, biases, broken
 from diagnostics.protocol import Batch, Change, Check, RunFacts, State
-from diagnostics.signals import RECURRENT
+from diagnostics.signals import RECURRENT, UNBOUNDED
 
 CLIP_PREDICTIONS, FROM_LOGITS = "clipped predictions", "from logits"
 OTHER_SIGN = "the other sign"
@@ -81,16 +81,49 @@ def _start_changes(model: Any, facts: RunFacts, start: State) -> list[Change]:
     if broken(start):
         label = "initial weights that are not finite set to 0"
         found.append(Change("init", FINITE_WEIGHTS, label, from_start=True, rank=3))
-    layers = hidden_saturating(model)
-    if len(layers) >= SATURATING_LAYERS:
-        name = layers[0].activation.__name__
-        label = f"relu instead of {name} in {len(layers)} hidden layers"
-        found.append(Change("activation", "relu", label, from_start=bool(start), rank=4))
+    found += _activation_changes(model, bool(start))
     if start and any(layer.weight for layer in facts.layers):
         for rank, name in ((2, "glorot_uniform"), (2, "he_normal")):
             found.append(Change("init", name, f"init {name}", from_start=True, rank=rank))
         found.append(Change("init_scale", 0.1, "initial kernels times 0.1", True, rank=6))
     return found
+
+
+def _activation_changes(model: Any, has_start: bool) -> list[Change]:
+    found = []
+    for value, least, rank in (("relu", SATURATING_LAYERS, 4), ("sigmoid", 1, 1), ("tanh", 1, 2)):
+        layers = activated(model, value)
+        if len(layers) >= least:
+            old = _activation_name(layers[0])
+            label = f"{value} instead of {old} in {', '.join(one.name for one in layers)}"
+            if value == "relu":
+                label = f"relu instead of {old} in {len(layers)} hidden layers"
+            found.append(Change("activation", value, label, from_start=has_start, rank=rank))
+    return found
+
+
+def activated(model: Any, value: str) -> list[Any]:
+    """The layers to which another activation would be given.
+
+    Args:
+      value: 'relu' for hidden layers that saturate, 'sigmoid' for a softmax over one unit,
+        'tanh' for recurrent layers whose activation has no bound.
+    """
+    if value == "relu":
+        return hidden_saturating(model)
+    layers = LayerNames(model).layers()
+    if value == "sigmoid":
+        single = [one for one in layers if isinstance(one, keras.layers.Dense) and one.units == 1]
+        return [one for one in single if _activation_name(one) == "softmax"]
+    return [
+        one
+        for one in layers
+        if isinstance(one, keras.layers.RNN) and _activation_name(one) in UNBOUNDED
+    ]
+
+
+def _activation_name(layer: Any) -> str:
+    return getattr(getattr(layer, "activation", None), "__name__", "")
 
 
 def _setting_changes(model: Any) -> list[Change]:
@@ -234,7 +267,7 @@ def command(model: Any, facts: RunFacts, change: Change) -> str:
     if change.kind == "precision":
         return f'keras.config.set_dtype_policy("{value}")  # and no dtype= on the layers'
     if change.kind == "activation":
-        shown = _first_few([layer.name for layer in hidden_saturating(model)])
+        shown = _first_few([layer.name for layer in activated(model, value)])
         return f'activation="{value}"  # of the layers {shown}'
     if change.kind == "init" and value == FINITE_WEIGHTS:
         return (

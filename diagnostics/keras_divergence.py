@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from diagnostics.protocol import RunFacts
-from diagnostics.stall import GRADIENT_RUNAWAY, LEAST_DEPTH, RUNAWAY
+from diagnostics.stall import GRADIENT_RUNAWAY, RUNAWAY
+from diagnostics.survival import usual_loss
 
 _GROWTH = 10.0  # times the first loss
 _FIRST_STEPS = 5
@@ -23,7 +24,7 @@ class DivergenceLimits:
     """
 
     def __init__(self, facts: RunFacts) -> None:
-        self._chance = facts.chance_loss
+        self._facts = facts
         self._largest_start: float | None = None
         self._first_gradients: list[float] = []
         self._loss: deque[float] = deque(maxlen=4)
@@ -42,12 +43,10 @@ class DivergenceLimits:
         if loss is not None:
             if self._largest_start is None:
                 # A start far above guessing is bad, but only growth is running away.
-                usual = RUNAWAY * (self._chance or abs(loss))
+                usual = RUNAWAY * usual_loss(loss, self._facts)
                 self._largest_start = max(usual, _GROWTH * abs(loss))
             self._loss.append(abs(loss))
-            deep = loss < 0 and not self._chance
-            floor = RUNAWAY * LEAST_DEPTH if deep else 0.0
-            loss_limit = _armed(self._loss, max(self._largest_start, floor))
+            loss_limit = _armed(self._loss, self._largest_start)
         if gradient is not None:
             if len(self._first_gradients) < _FIRST_STEPS:
                 self._first_gradients.append(gradient)

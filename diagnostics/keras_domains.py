@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from diagnostics.diagnosis import FirstNonfinite
-from diagnostics.op_domains import domain_fault, op_name
+from diagnostics.op_domains import UNCAST, domain_fault, op_name
 
 EPSILON, EPSILON_HALF = 1e-7, 1e-3
 _LARGEST_EXPONENT, _LARGEST_EXPONENT_HALF = 80.0, 10.0
@@ -25,12 +25,12 @@ class _Repair(NamedTuple):
     """How the inputs of one type of op are kept, in a graph and in a user's words.
 
     Attributes:
-      place: which input.
+      place: which input; None for all of them.
       keep: given that input, the kept one.
       label: of the counterfactual. line: of the user's program.
     """
 
-    place: int
+    place: int | None
     keep: Callable[[tf.Tensor], tf.Tensor]
     label: str
     line: str
@@ -76,12 +76,24 @@ def _finite_below(x: tf.Tensor) -> tf.Tensor:
     return tf.maximum(x, tf.constant(x.dtype.min, x.dtype))
 
 
+def _finite(x: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(x, x.dtype.min, x.dtype.max)
+
+
+def _positive_definite(x: tf.Tensor) -> tf.Tensor:
+    """A diagonal that outweighs the rest of its row."""
+    diagonal = tf.linalg.diag_part(x)
+    rest = tf.reduce_sum(tf.abs(x), -1) - tf.abs(diagonal)
+    return tf.linalg.set_diag(x, tf.maximum(diagonal, rest + EPSILON_HALF))
+
+
 def _neither_overflow(x: tf.Tensor) -> tf.Tensor:
     return -_no_overflow(-_no_overflow(x))
 
 
 _ABOVE = f"tf.maximum(x, {EPSILON:g})"
 _INSIDE = f"tf.clip_by_value(x, -1 + {10 * EPSILON:g}, 1 - {10 * EPSILON:g})"
+_KEPT_FINITE = "tf.clip_by_value({0}, {0}.dtype.min, {0}.dtype.max)".format
 _AWAY = f"tf.where(tf.abs(b) < {EPSILON:g}, {EPSILON:g}, b)"
 _REPAIRS = {
     "Log": _Repair(0, _from_zero, f"logarithms of at least {EPSILON:g}", f"tf.math.log({_ABOVE})"),
@@ -132,7 +144,25 @@ _REPAIRS = {
         0, _from_zero, f"digamma of at least {EPSILON:g}", f"tf.math.digamma({_ABOVE})"
     ),
     "Acosh": _Repair(0, _from_one, "acosh of numbers above 1", "tf.acosh(tf.maximum(x, 1.000001))"),
+    "Cholesky": _Repair(
+        0,
+        _positive_definite,
+        "matrices whose diagonal outweighs the rest",
+        "d = tf.linalg.diag_part(x); x = tf.linalg.set_diag(x, tf.maximum(d, "
+        "tf.reduce_sum(tf.abs(x), -1) - tf.abs(d) + 1e-3))",
+    ),
+    "Sub": _Repair(
+        None,
+        _finite,
+        "differences of finite numbers",
+        f"{_KEPT_FINITE('a')} - {_KEPT_FINITE('b')}",
+    ),
+    "Mul": _Repair(
+        None, _finite, "products of finite numbers", f"{_KEPT_FINITE('a')} * {_KEPT_FINITE('b')}"
+    ),
 }
+# Kept only where they are at fault: not logarithms, roots and the like.
+_APART = frozenset(["Cholesky", "Sub", "Mul"])
 _BY_NAME = {kind.lower(): kind for kind in _REPAIRS}
 _BY_NAME |= {"div": "RealDiv", "inv": "Reciprocal"}
 # A gradient op at fault, and the op whose gradient it is.
@@ -175,25 +205,40 @@ def domain_changes(place: FirstNonfinite, half: bool) -> list[DomainChange]:
     return [*found, DomainChange(_EVERY, label, line)]
 
 
+def uncast(place: FirstNonfinite) -> DomainChange:
+    """A float32 program that casts to float16 by itself: left in float32."""
+    at = f"  # before {place.source.split(' in ')[0]}" if place.source else ""
+    return DomainChange(UNCAST, "no cast to float16", f"tf.cast(x, tf.float32){at}")
+
+
+def _whole(kind: int) -> int:
+    """The type of a cast: float32 instead of float16."""
+    half, whole = tf.float16.as_datatype_enum, tf.float32.as_datatype_enum
+    return whole if kind == half else kind
+
+
 @contextmanager
 def kept_in_domain(value: str, optimizers: Sequence[Any]) -> Iterator[None]:
-    """While it runs, ops of this kind are traced with kept inputs.
+    """While it runs, ops of this kind are traced with kept inputs, or casts left out.
 
     Args:
       value: of a `DomainChange`. optimizers: whose updates are left alone.
     """
     graph_type = tf.__internal__.FuncGraph
     create = graph_type._create_op_internal
-    kinds = frozenset(_REPAIRS) if value == _EVERY else frozenset([value])
+    kinds = frozenset(_REPAIRS) - _APART if value == _EVERY else frozenset([value])
     suspended = [False]
 
     def created(graph: Any, op_type: str, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if op_type in kinds and not suspended[0]:
+        if value == UNCAST and op_type == "Cast":
+            kwargs["attrs"]["DstT"].type = _whole(kwargs["attrs"]["DstT"].type)
+        elif op_type in kinds and not suspended[0]:
             repair = _REPAIRS[op_type]
             inputs = list(inputs)
-            if inputs[repair.place].dtype.is_floating:
-                with _set(suspended):
-                    inputs[repair.place] = repair.keep(inputs[repair.place])
+            for place in range(len(inputs)) if repair.place is None else [repair.place]:
+                if inputs[place].dtype.is_floating:
+                    with _set(suspended):
+                        inputs[place] = repair.keep(inputs[place])
         return create(graph, op_type, inputs, *args, **kwargs)
 
     def left_alone(update: Callable[..., Any]) -> Callable[..., Any]:

@@ -237,6 +237,7 @@ class NumericGuard(keras.callbacks.Callback):
                 "diverged": ran_away,
                 "metrics": dict(outcome.telemetry),
                 "environment": describe_packages(),
+                "fed": self._source.kind,
             },
         )
         others = f" and {len(outcome.failed) - 1} more" if len(outcome.failed) > 1 else ""

@@ -48,7 +48,9 @@ def layer_changes(
         shown = f"output of {label} divided by {times:g}"
         found.append(Change("layer_scale", (label, times), shown, rank=2))
     if broken_statistics(start):
-        shown = "statistics that are not finite made finite"
+        shown = "variance 1 where it was adapted to 0"
+        if not _flat_only(start):
+            shown = "statistics that are not finite made finite"
         found.append(Change("finite_statistics", None, shown, from_start=True, rank=1))
     return found
 
@@ -97,18 +99,22 @@ def drawn_weights(start: State, label: str) -> State:
 
 
 def broken_statistics(start: State) -> dict[str, np.ndarray]:
-    """Copies of what is not trained and holds something that is not finite, by name."""
+    """Copies of what is not trained and is not finite, or an adapted variance of 0, by name."""
+    own = {n: a for n, a in start.items() if n.startswith("statistics/") and a.dtype.kind == "f"}
     return {
         name: np.array(array)
-        for name, array in start.items()
-        if name.startswith("statistics/")
-        and array.dtype.kind == "f"
-        and not np.isfinite(array).all()
+        for name, array in own.items()
+        if not np.isfinite(array).all() or (name.endswith("/variance") and not array.all())
     }
 
 
+def _flat_only(start: State) -> bool:
+    """Whether all that is wrong with them is a variance of 0."""
+    return all(np.isfinite(array).all() for array in broken_statistics(start).values())
+
+
 def finite_statistics(start: State) -> State:
-    """Those statistics with a variance of 1 and everything else 0 where they are not finite."""
+    """Those statistics with a variance of 1, and everything else 0, where they are not usable."""
     return {
         name: _finite(array, name.rpartition("/")[2])
         for name, array in broken_statistics(start).items()
@@ -117,7 +123,8 @@ def finite_statistics(start: State) -> State:
 
 def _finite(array: np.ndarray, name: str) -> np.ndarray:
     usual = 1.0 if "variance" in name else 0.0
-    return np.where(np.isfinite(array), array, np.asarray(usual, array.dtype))
+    usable = np.isfinite(array) & ((array != 0) | (name != "variance"))
+    return np.where(usable, array, np.asarray(usual, array.dtype))
 
 
 def layer_settings(model: Any, change: Change) -> list[Setting]:
@@ -168,6 +175,12 @@ def layer_command(change: Change, start: State) -> str:
         }
         shown = ", ".join(f'initializer="{how}" of {name}' for name, how in lines.items())
         return f"{shown}  # in the layer {change.value}"
+    if _flat_only(start):
+        names = sorted({name.split("/")[1] for name in broken_statistics(start)})
+        return (
+            f"for n in map(model.get_layer, {names}): "
+            "n.variance = keras.ops.where(n.variance == 0, 1.0, n.variance)  # before fit"
+        )
     return _finite_command(broken_statistics(start))
 
 

@@ -17,8 +17,8 @@ from diagnostics.keras_changes import (
     EPSILON,
     FROM_LOGITS,
     OTHER_SIGN,
+    activated,
     compiled_losses,
-    hidden_saturating,
     output_activation,
 )
 from diagnostics.keras_data_changes import changed_batch
@@ -277,7 +277,9 @@ def _apply(model: Any, change: Change) -> list[tuple[Any, str, Any]]:
         ]
     elif change.kind == "activation":
         function = keras.activations.get(change.value)
-        new = [(layer, "activation", function) for layer in hidden_saturating(model)]
+        # A recurrent layer takes that of its cell.
+        owners = [getattr(layer, "cell", layer) for layer in activated(model, change.value)]
+        new = [(owner, "activation", function) for owner in owners]
     elif change.kind == "constant_rate":
         new = [(optimizer, "_learning_rate", lambda: change.value)]
     elif change.kind == "loss_formula" and change.value == FROM_LOGITS:

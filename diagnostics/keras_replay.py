@@ -10,10 +10,16 @@ from diagnostics.diagnosis import FirstNonfinite
 from diagnostics.errors import InputError
 from diagnostics.flight_recorder import FlightRecorder
 from diagnostics.incident import Incident, read_incident
-from diagnostics.keras_batches import batches_of
+from diagnostics.keras_batches import ARRAYS, batches_of
 from diagnostics.keras_changes import candidates, command
-from diagnostics.keras_data_changes import DATA_CHANGES, data_command, outlier_changes
-from diagnostics.keras_domains import domain_changes
+from diagnostics.keras_data_changes import (
+    DATA_CHANGES,
+    data_command,
+    fed_command,
+    index_changes,
+    outlier_changes,
+)
+from diagnostics.keras_domains import domain_changes, uncast
 from diagnostics.keras_layer_changes import (
     LAYER_CHANGES,
     changes_at,
@@ -133,7 +139,8 @@ class KerasRun:
 
     def example_names(self, batch: Batch) -> list[tuple[int, str]]:
         if "example_ids" in batch:
-            return [(int(i), f"row {int(i)} of the data") for i in batch["example_ids"]]
+            whole = "the data" if self._fed() == ARRAYS else f"what the {self._fed()} gave an epoch"
+            return [(int(i), f"row {int(i)} of {whole}") for i in batch["example_ids"]]
         rows = max((len(array) for array in batch.values() if array.ndim), default=0)
         return [(row, f"row {row} of the batch") for row in range(rows)]
 
@@ -167,18 +174,27 @@ class KerasRun:
         found += layer_changes(
             self._shared.model, self.facts, self.telemetry(), self._start, self._half()
         )
+        refused = {one.layer for one in self.recorded_failures() if one.quantity == "indices"}
+        embedding = next((one for one in self.facts.layers if one.name in refused), None)
+        found += index_changes(self.batch(step), embedding)
         known = [self._batches[one] for one in self._batches if one <= step]
         return [*found, *outlier_changes([*known, self.batch(step) or {}])]
 
     def formula_changes(self, place: FirstNonfinite) -> Sequence[Change]:
         """Implements `diagnostics.protocol.RepairsFormulas`."""
-        found = domain_changes(place, self._half())
+        half = self._half() or place.dtype == "float16"
+        found = domain_changes(place, half)
+        if half and not self._half():
+            found = [uncast(place), *found]
         self._lines.update({one.label: one.line for one in found})
-        changes = changes_at(self._shared.model, place, self._start, self._half())
+        changes = changes_at(self._shared.model, place, self._start, half)
         return [
             *changes,
             *(Change("domain", one.value, one.label, rank=i) for i, one in enumerate(found, 1)),
         ]
+
+    def _fed(self) -> str:
+        return ARRAYS if self._incident is None else self._incident.record.get("fed", ARRAYS)
 
     def _half(self) -> bool:
         return self.facts.precision != "float32"
@@ -189,7 +205,8 @@ class KerasRun:
         if change.kind in LAYER_CHANGES:
             return layer_command(change, self._start)
         if change.kind in DATA_CHANGES:
-            return data_command(change, self._config["batch_structure"])
+            structure, rows = self._config["batch_structure"], self.facts.batch_size or 1
+            return fed_command(change, self._fed(), rows) or data_command(change, structure)
         return command(self._shared.model, self.facts, change)
 
     def environment(self) -> Mapping[str, Any]:

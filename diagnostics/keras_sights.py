@@ -93,9 +93,9 @@ def taps_sight(
     return TapsSight(taps, Sight(checks, tf.logical_and(low, high), hard), pairs)
 
 
-def labels_sight(valid: Sequence[tf.Tensor]) -> Sight:
-    """Of integer labels: whether each loss was given classes that exist."""
-    return Sight([Check("data", "", LABELS)] * len(valid), _stacked(valid))
+def range_sight(valid: Sequence[tuple[Check, tf.Tensor]]) -> Sight:
+    """Of class numbers and indices: whether those that were given exist."""
+    return Sight([check for check, _ in valid], _stacked([flag for _, flag in valid]))
 
 
 def loss_sight(loss: tf.Tensor | None, limit: tf.Tensor) -> Sight:

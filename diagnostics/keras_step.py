@@ -25,8 +25,8 @@ from diagnostics.keras_sights import (
     Layout,
     Sight,
     data_taps,
-    labels_sight,
     loss_sight,
+    range_sight,
     statistics_sight,
     taps_sight,
     telemetry_columns,
@@ -244,7 +244,7 @@ class _Trace:
             under_xla = self._step.model.jit_compile
             self._sights = [
                 self._data.sight,
-                labels_sight(self._recorder.labels_valid),
+                range_sight(self._recorder.in_range),
                 self._forward.sight,
                 statistics_sight(self._saved, self._variables, under_xla),
                 loss_sight(self._loss, self._step.limits[0]),

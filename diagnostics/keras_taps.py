@@ -80,7 +80,8 @@ class Recorder:
         differentiated by weights; a vector where the user's own step takes one.
       on_apply: called instead of an optimizer's `apply` with (optimizer, the
         method, gradients, variables); None calls it through.
-      labels_valid: bool scalars, whether class numbers are in range.
+      in_range: (check, bool scalar), whether class numbers or the indices of an
+        embedding are in range.
       tape_gradients: (gradients, variables) of every tape.
     """
 
@@ -90,7 +91,7 @@ class Recorder:
         self.loss: tf.Tensor | None = None
         self.on_apply: Callable[..., None] | None = None
         self.tape_gradients: list[tuple[list[Any], list[Any]]] = []
-        self.labels_valid: list[tf.Tensor] = []
+        self.in_range: list[tuple[Check, tf.Tensor]] = []
         self.layer_calls: list[str] = []
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         self._vouched: dict[int, Any] = {}  # id -> tensor, held so that no id is used twice
@@ -150,8 +151,26 @@ class Recorder:
         if classes is None or (self._graph is not None and labels.graph is not self._graph):
             return labels
         valid = tf.logical_and(labels >= 0, labels < tf.cast(classes, labels.dtype))
-        self.labels_valid.append(tf.reduce_all(valid))
-        return tf.where(valid, labels, tf.zeros_like(labels))
+        return self._kept(Check("data", "", "labels"), labels, valid)
+
+    def checked_indices(self, layer: keras.layers.Embedding, indices: Any) -> Any:
+        """What an embedding is given as it is, but 0 for an index out of range, which is noted.
+
+        TensorFlow raises on such an index on the CPU, and takes another row under XLA.
+        """
+        plain = tf.is_tensor(indices) and not isinstance(
+            indices, (tf.SparseTensor, tf.RaggedTensor)
+        )
+        if not plain or getattr(indices, "graph", None) is not self._graph:
+            return indices
+        rows = tf.cast(layer.input_dim, indices.dtype)
+        # Keras counts negative ones from the end.
+        valid = tf.logical_and(indices >= -rows, indices < rows)
+        return self._kept(Check("data", self.names.label(layer), "indices"), indices, valid)
+
+    def _kept(self, check: Check, values: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+        self.in_range.append((check, tf.reduce_all(valid)))
+        return tf.where(valid, values, tf.zeros_like(values))
 
     def note_loss(self, loss: Any) -> None:
         """The loss, or one more of a step that has several."""
@@ -205,6 +224,8 @@ def _patch_shared() -> list[Callable[[], None]]:
         recorder = _local.recorder
         if recorder is None:
             return call(self, *args, **kwargs)
+        if isinstance(self, keras.layers.Embedding) and args:
+            args = (recorder.checked_indices(self, args[0]), *args[1:])
         return recorder.layer_call(self, lambda: call(self, *args, **kwargs), (args, kwargs))
 
     def overheard_gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
@@ -308,7 +329,12 @@ def _tapped_activation(layer: Any) -> Iterator[None]:
 
 
 def _bounded(layer: Any) -> bool:
-    """Whether its activation maps finite numbers to finite ones."""
+    """Whether its activation maps finite numbers to finite ones.
+
+    That of a recurrent layer is applied inside its loop, which no tap sees.
+    """
+    if isinstance(layer, keras.layers.RNN):
+        return False
     activation = getattr(layer, "activation", None)
     built_in = getattr(activation, "__module__", "").startswith("keras.")
     return built_in and getattr(activation, "__name__", "") not in _UNBOUNDED_ACTIVATIONS

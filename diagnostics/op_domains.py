@@ -13,6 +13,8 @@ from typing import NamedTuple
 from diagnostics.diagnosis import FirstNonfinite, InputRange
 from diagnostics.report_words import number
 
+UNCAST = "uncast"  # a repair: numbers stay in float32
+
 _LOG = {"log", "xlogy"}
 _LOG1P = {"log1p", "xlog1py"}
 _DIVISION = {"realdiv", "div", "truediv", "xdivy", "divide", "floordiv", "mod", "floormod"}
@@ -21,6 +23,10 @@ _EXPONENTIAL = {"exp", "expm1", "sinh", "cosh"}
 _BATCH_NORM = {"fusedbatchnorm", "fusedbatchnormv", "batchnormwithglobalnormalization"}
 _POSITIVE_ONLY = {"lgamma", "digamma", "polygamma"}
 _MATRIX = {"matrixinverse", "matrixsolve", "cholesky", "logmatrixdeterminant", "svd"}
+_OF_INFINITIES = {
+    "sub": "the difference of two infinities",
+    "mul": "the product of 0 and infinity",
+}
 _FLOAT32_BITS = 128
 _LARGEST_EXPONENT = 88.72  # of exp in float32
 _LARGEST_EXPONENT_HALF = 11.09
@@ -52,8 +58,10 @@ def domain_fault(first: FirstNonfinite, half: bool) -> DomainFault | None:
     finite = [r for r in first.inputs if math.isfinite(r.minimum) and math.isfinite(r.maximum)]
     if any(given.nonfinite for given in first.inputs):
         # The first NaN nevertheless: the infinity had been put there, as in a mask.
-        what = "a softmax over nothing but" if "softmax" in name else f"{first.op} with"
-        return DomainFault(f"{what} infinite inputs (a mask of -Inf?)", 0.0, False)
+        what = _OF_INFINITIES.get(name, f"{first.op} with infinite inputs")
+        if "softmax" in name:
+            what = "a softmax over nothing but infinite inputs"
+        return DomainFault(f"{what} (a mask of -Inf, a logarithm of 0?)", 0.0, False)
     if not finite:
         return None
     magnitude = max(max(abs(r.minimum), abs(r.maximum)) for r in finite)

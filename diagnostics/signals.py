@@ -27,10 +27,23 @@ UNSCALED_INPUT = 10.0  # RMS
 UNSCALED_TARGET = 100.0
 _LEARNT = 0.7  # times the loss of guessing
 _SETTLED = 10  # steps whose median counts
+_CROSS_ENTROPIES = ("crossentropy", "cross_entropy", "cross-entropy", "bce")
 _LABEL_NAMES = {"label", "labels", "target", "targets", "y"}
 _OTHER_NAMES = {"example", "sample", "weights", "weight", "ids", "id", "mask"}
 _FLOAT16_LIMIT_BITS = 16.0
 RECURRENT = ("RNN", "LSTM", "GRU")
+# Activations that follow their input without end.
+UNBOUNDED = (
+    "relu",
+    "linear",
+    "elu",
+    "selu",
+    "leaky_relu",
+    "gelu",
+    "silu",
+    "softplus",
+    "exponential",
+)
 
 
 def input_arrays(evidence: Evidence) -> dict[str, TensorStats]:
@@ -41,6 +54,11 @@ def input_arrays(evidence: Evidence) -> dict[str, TensorStats]:
 def label_arrays(evidence: Evidence) -> dict[str, TensorStats]:
     """The batch's labels or targets by name."""
     return {n: s for n, s in evidence.batch_stats.items() if _role(n) == "label"}
+
+
+def weight_arrays(evidence: Evidence) -> dict[str, TensorStats]:
+    """The weights of the batch's examples by name."""
+    return {n: s for n, s in evidence.batch_stats.items() if n.startswith("sample_weight")}
 
 
 def _role(name: str) -> str:
@@ -69,6 +87,12 @@ def target_scale(evidence: Evidence) -> tuple[float, str]:
     targets = {n: s.rms for n, s in label_arrays(evidence).items() if not is_integer(s)}
     name = max(targets, key=lambda target: targets[target], default="")
     return (targets[name], name) if name else (0.0, "")
+
+
+def takes_probabilities(facts: RunFacts) -> bool:
+    """Whether the loss is a cross-entropy whose targets lie between 0 and 1."""
+    name = facts.loss.lower()
+    return "sparse" not in name and any(word in name for word in _CROSS_ENTROPIES)
 
 
 def unscaled(evidence: Evidence) -> bool:
@@ -236,8 +260,9 @@ def in_recurrence(evidence: Evidence) -> str:
 
 
 def half_precision(evidence: Evidence) -> bool:
-    """Whether the run computes in float16, by its facts or by its arrays."""
-    if is_half(evidence.facts.precision):
+    """Whether the run computes in float16, by its facts, its arrays or the op at fault."""
+    first = evidence.first_nonfinite
+    if is_half(evidence.facts.precision) or (first is not None and first.dtype == "float16"):
         return True
     return any(is_half_array(stats) for stats in evidence.weight_stats.values())
 

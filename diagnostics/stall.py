@@ -17,12 +17,11 @@ import numpy as np
 
 from diagnostics.protocol import RunFacts, Telemetry
 from diagnostics.report_words import number
+from diagnostics.survival import usual_loss
 from diagnostics.telemetry_view import layer_column, layer_names, scalar_column
 from diagnostics.update_size import update_ratio
 
 RUNAWAY = 100.0  # times the loss of guessing, or the first loss where that is unknown
-# Below zero times this at least: a similarity is near 0 at first and ends at -1.
-LEAST_DEPTH = 1.0
 GRADIENT_RUNAWAY = 1e6  # times the gradient norm of the first steps
 WORSE_THAN_GUESSING = 3.0  # times its loss: a run that ends there has run away
 _FLAT = (0.98, WORSE_THAN_GUESSING)  # smoothed loss over the loss of guessing
@@ -30,6 +29,7 @@ _FLAT = (0.98, WORSE_THAN_GUESSING)  # smoothed loss over the loss of guessing
 # below guessing or far above it. Smoothed loss over its own start, and over guessing.
 _UNMOVED, _UNTRAINED = 0.9, 0.7
 _WINDOW = 20
+_STANDING = 0.05  # part of a loss that its output layer may still fall by where the rest is dead
 # Healthy: pre-activations of 0.1 and more in every layer, update ratios around 1e-3.
 FAINT_SIGNAL = 0.01
 IDLE_UPDATE = 1e-5
@@ -192,7 +192,7 @@ def detect_stall(telemetry: Telemetry, facts: RunFacts) -> str | None:
     untrained = not known or smooth[-1] > _UNTRAINED * guess
     unmoved = smooth[-1] > _UNMOVED * smooth[0] and untrained and _never_moved(telemetry, facts)
     if not flat and not unmoved:
-        return None
+        return _without_gradient(telemetry, loss) or _stopped_by_death(telemetry, facts, loss)
     reasons = stall_signals(telemetry, facts).reasons(classifies=known)
     if not reasons and (not known or loss.size < _STEPS_WITHOUT_REASON):
         return None
@@ -201,6 +201,33 @@ def detect_stall(telemetry: Telemetry, facts: RunFacts) -> str | None:
     if not flat:
         text = f"In {loss.size:,} steps the loss stayed where it began, at {smooth[-1]:.4g}"
     return f"{text}: {'; '.join(reasons)}" if reasons else text
+
+
+def _without_gradient(telemetry: Telemetry, loss: np.ndarray) -> str | None:
+    """Says so if there never was a gradient, though a loss was left."""
+    gradient = scalar_column(telemetry, "grad_norm")
+    if gradient is None or gradient.any() or not loss.all():
+        return None
+    return f"In {loss.size:,} steps the gradient was exactly 0, with a loss of {loss[-1]:.4g}"
+
+
+def _stopped_by_death(telemetry: Telemetry, facts: RunFacts, loss: np.ndarray) -> str | None:
+    """Says so if a layer died while it trained, nothing behind it learns, and the loss stands."""
+    signals = stall_signals(telemetry, facts)
+    cut_off = [name for name in signals.dead_layers if name in signals.unreached]
+    if not cut_off or not signals.dead_since:
+        return None
+    since = loss[telemetry.steps >= signals.dead_since]
+    if since.size < 2 * _WINDOW:
+        return None
+    before = float(np.median(since[-2 * _WINDOW : -_WINDOW]))
+    now = float(np.median(since[-_WINDOW:]))
+    if before - now > _STANDING * abs(before):
+        return None
+    return (
+        f"Since step {signals.dead_since:,} no unit of {', '.join(cut_off[:3])} is above 0 (dead "
+        f"ReLUs), and the loss stands at {now:.4g}"
+    )
 
 
 def _never_moved(telemetry: Telemetry, facts: RunFacts) -> bool:
@@ -236,13 +263,11 @@ def detect_divergence(telemetry: Telemetry, facts: RunFacts) -> str | None:
     loss, gradient = scalar_column(telemetry, "loss"), scalar_column(telemetry, "grad_norm")
     if loss is None or loss.size < 2 or not np.isfinite(loss[-5:]).all():
         return None
-    usual = facts.chance_loss if facts.chance_loss else abs(float(loss[0]))
+    usual = usual_loss(float(loss[0]), facts)
     now = float(np.median(np.abs(loss[-5:])))
     if facts.chance_loss and _worse_than_guessing(loss, facts.chance_loss):
         times = now / facts.chance_loss
         return f"The loss ends at {now:.4g}, {times:.3g} times the loss of guessing"
-    if loss[-1] < 0 and not facts.chance_loss:
-        usual = max(usual, LEAST_DEPTH)
     if usual > 0 and now > RUNAWAY * usual:
         what = "the loss of guessing" if facts.chance_loss else "the first one"
         return f"The loss ran away to {number(float(loss[-1]))}, {now / usual:.3g} times {what}"

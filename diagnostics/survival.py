@@ -14,6 +14,9 @@ from diagnostics.telemetry_view import scalar_column
 
 # A finite loss may still be a dead run: this many times the loss of guessing.
 RUNAWAY_LOSS = 10.0
+# Words in the names of losses that are 0 at best.
+DIFFERENCE_LOSSES = ("mse", "mae", "squared", "absolute", "huber", "cosh")
+LEAST_SIZE = 1.0
 _ABYSS = 100.0  # times its first size below zero: no loss with a lower bound goes there
 _PACE = (
     "learning_rate",
@@ -73,6 +76,18 @@ def not_learning(losses: Sequence[float], facts: RunFacts, recorded: Telemetry) 
     if median > _LEARNT * usual or better < _MOSTLY * LEARNING_STEPS:
         return f"does not learn: the loss stands at {median:.4g}"
     return ""
+
+
+def usual_loss(first: float, facts: RunFacts) -> float:
+    """The size that a loss is compared with to say that it ran away.
+
+    That of guessing, or its first value. A loss of no known kind (a likelihood, a critic's
+    score) may cross 0 and begin there by chance, so it is given the size 1 at least.
+    """
+    if facts.chance_loss:
+        return facts.chance_loss
+    known = any(word in facts.loss.lower() for word in (*DIFFERENCE_LOSSES, "entropy"))
+    return first if known and first >= 0 else max(abs(first), LEAST_SIZE)
 
 
 def bottomless(telemetry: Telemetry) -> bool:

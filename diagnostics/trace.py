@@ -107,6 +107,7 @@ def _by_hit(hit: Hit, outcome: StepOutcome) -> FirstNonfinite:
         size=0 if details is None else details.size,
         inputs=() if details is None else details.inputs,
         seen_in=COMPILED if confirmed else OP_BY_OP,
+        dtype=None if details is None else details.dtype.name,
     )
 
 

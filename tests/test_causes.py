@@ -23,6 +23,7 @@ from evidence_samples import (
     with_replays,
 )
 
+from diagnostics.cause_rules_numbers import setting_findings
 from diagnostics.causes import Evidence, judge
 from diagnostics.diagnosis import CAUSE_KINDS, InputRange
 from diagnostics.evidence import Finding
@@ -775,6 +776,13 @@ def test_an_impossible_setting_whose_repair_survives_explains_broken_weights():
     assert judge(seen).kind == "weights"
     mended = with_replays(seen, replay("optimizer_setting", ("beta_1", 0.9), True))
     assert judge(mended).kind == "optimizer" and "beta_1 is 1" in said(judge(mended))
+
+
+def test_a_repair_speaks_once_however_many_settings_are_bad():
+    known = facts(MLP, extra={"beta_1": "1", "beta_2": "1"})
+    mended = with_replays(evidence(facts=known), replay("optimizer_setting", ("beta_1", 0.9), True))
+    found = [one for one in setting_findings(mended) if "same steps survive" in one.sentence]
+    assert len(found) == 1
 
 
 def test_constant_input_is_the_data():

@@ -8,7 +8,7 @@ from keras_models import FEATURES, Fitted, L, compiled, data
 
 from diagnostics.guard import all_finite
 from diagnostics.keras_data_changes import data_command
-from diagnostics.keras_domains import _BY_NAME, _REPAIRS, kept_in_domain
+from diagnostics.keras_domains import _APART, _BY_NAME, _REPAIRS, kept_in_domain
 from diagnostics.keras_replay import KerasRun
 from diagnostics.keras_update import Group, exact_sight, new_state
 from diagnostics.keras_xla_sight import xla_all_finite, xla_sight
@@ -37,6 +37,9 @@ BEYOND = {
     "Ndtri": (lambda x: tf.math.ndtri(x), 0.0),
     "Lgamma": (lambda x: tf.math.lgamma(x), 0.0),
     "Digamma": (lambda x: tf.math.digamma(x), 0.0),
+    "Cholesky": (lambda x: tf.linalg.cholesky(tf.reshape(x, [1, 1]))[0, 0], -1.0),
+    "Sub": (lambda x: x - tf.reduce_max(x), -np.inf),
+    "Mul": (lambda x: x * tf.zeros_like(x), np.inf),
 }
 INSIDE = {"Acosh": 3.0}
 
@@ -62,8 +65,13 @@ def test_every_repair_is_tried_here():
     assert set(BEYOND) == set(_REPAIRS) and set(_BY_NAME.values()) <= set(_REPAIRS)
 
 
-@pytest.mark.parametrize("name", BEYOND)
-@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        *((name, False) for name in BEYOND),
+        *((name, True) for name in BEYOND if name not in _APART),
+    ],
+)
 def test_an_op_beyond_its_domain_becomes_finite_and_inside_it_stays(name, every):
     op, at = BEYOND[name]
     assert not np.isfinite(value_and_gradient(op, at)).all()
@@ -71,6 +79,43 @@ def test_an_op_beyond_its_domain_becomes_finite_and_inside_it_stays(name, every)
     assert np.isfinite(value_and_gradient(op, at, value)).all()
     inside = INSIDE.get(name, 0.5)
     assert value_and_gradient(op, inside, value) == value_and_gradient(op, inside)
+
+
+def test_the_difference_of_two_infinities_in_a_loss_is_mended(tmp_path):
+    """A sum of paths none of which is possible, as in a forward algorithm."""
+    x, _ = data()
+    allowed = tf.math.log(tf.constant([[0.5, 0.5], [0.0, 0.0]]))
+
+    def loss(_, scores):
+        paths = scores[:, None, :2] + allowed
+        largest = tf.reduce_max(paths, -1, keepdims=True)
+        total = largest[..., 0] + tf.math.log(tf.reduce_sum(tf.exp(paths - largest), -1))
+        return -tf.reduce_max(total, -1)
+
+    def build():
+        model = keras.Sequential([keras.Input((FEATURES,)), L.Dense(3), L.LeakyReLU()])
+        return compiled(model, loss=loss)
+
+    found = Fitted(build, x, x, tmp_path / "run").guard.diagnose(budget_seconds=6)
+    assert (found.first_nonfinite.op, found.cause.kind) == ("Sub", "loss_formula")
+    assert "the difference of two infinities" in found.cause.evidence[0]
+    assert found.recommendation.verified and "a.dtype.min" in found.recommendation.command
+
+
+def test_a_cast_to_float16_in_a_float32_program_is_the_precision(tmp_path):
+    x, y = data()
+
+    class Energy(L.Layer):
+        def call(self, v):
+            half = tf.cast(100.0 * v, tf.float16)
+            return tf.cast(half * half, tf.float32) / 1e4
+
+    def build():
+        return compiled(keras.Sequential([keras.Input((FEATURES,)), Energy(), L.Dense(3)]))
+
+    found = Fitted(build, x, y, tmp_path / "run").guard.diagnose(budget_seconds=6)
+    assert found.first_nonfinite.dtype == "float16" and found.cause.kind == "precision"
+    assert found.recommendation.verified and "tf.float32" in found.recommendation.command
 
 
 def test_the_optimizer_and_later_graphs_are_left_alone():

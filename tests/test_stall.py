@@ -134,6 +134,28 @@ def test_without_the_loss_of_guessing_only_a_reason_makes_a_stall():
     assert watched(telemetry(columns), regression) == []
 
 
+def test_a_gradient_of_exactly_0_is_a_stall_wherever_the_loss_stands():
+    loss = np.r_[0.6, np.full(39, 0.4)]  # its batches differ
+    columns = {"loss": loss, "grad_norm": np.zeros(40)}
+    assert "exactly 0" in detect_stall(telemetry(columns), RunFacts(layers=()))
+    columns["grad_norm"] = np.r_[1.0, np.zeros(39)]
+    assert detect_stall(telemetry(columns), RunFacts(layers=())) is None
+    columns = {"loss": np.r_[0.6, np.zeros(39)], "grad_norm": np.zeros(40)}
+    assert detect_stall(telemetry(columns), RunFacts(layers=())) is None, "nothing left to learn"
+
+
+@pytest.mark.parametrize(("fall", "stalled"), [(0.0, True), (0.5, False)])
+def test_a_layer_that_died_is_a_stall_where_the_loss_stands(fall, stalled):
+    columns = quiet(80, [("hidden", 8), ("out", 8)])
+    columns["loss"] = np.r_[np.full(10, 9.0), np.linspace(5.0, 5.0 - fall * 5.0, 70)]
+    columns["hidden/preactivation_max"] = np.r_[np.ones(10), np.zeros(70)]
+    columns["hidden/preactivation_min"] = -np.ones(80)
+    columns["hidden/gradient_norm"] = np.r_[np.ones(10), np.zeros(70)]
+    known = facts([("hidden", 8), ("out", 8)], classes=None, chance_loss=None, loss="mse")
+    found = detect_stall(telemetry(columns), known)
+    assert (found is not None and "Since step 10" in found) is stalled
+
+
 def test_finite_runaway_is_divergence():
     columns = quiet(30)
     columns["loss"][15:] *= 1e3
@@ -161,6 +183,16 @@ def test_a_similarity_that_is_learnt_does_not_run_away():
     assert all(limits.limits({"loss": loss})[0] > abs(loss) for loss in learnt)
     # Upwards from as small a start it has run away.
     assert detect_divergence(telemetry({"loss": np.abs(learnt)}), unknown) is not None
+
+
+@pytest.mark.parametrize(("name", "tells"), [("mse", True), ("nll", False)])
+def test_a_loss_of_no_known_kind_may_begin_near_0_and_spike(name, tells):
+    """A Gaussian likelihood of step 0 may be anything; a squared error of 0.01 is one."""
+    loss = np.r_[0.01, np.full(60, 0.02), np.full(20, 40.0)]
+    unknown = facts(classes=None, chance_loss=None, loss=name)
+    assert (detect_divergence(telemetry({"loss": loss}), unknown) is not None) is tells
+    limits = DivergenceLimits(unknown)
+    assert any(limits.limits({"loss": one})[0] < abs(one) for one in loss) is tells
 
 
 def test_runaway_gradient_is_divergence():
