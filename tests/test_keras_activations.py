@@ -19,7 +19,7 @@ def test_a_softmax_over_one_unit_is_the_architecture(tmp_path):
     def build():
         return regression(L.Dense(8, "relu"), L.Dense(1, "softmax", name="out"))
 
-    found = Fitted(build, x, y, tmp_path / "run", epochs=6).guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, y, tmp_path / "run", epochs=6).guard.diagnose(budget_seconds=4)
     assert (found.verdict, found.cause.kind) == ("stalled", "architecture")
     assert "out ends in a softmax over a single unit" in found.cause.evidence[0]
     assert found.recommendation.verified and 'activation="sigmoid"' in found.recommendation.command
@@ -33,7 +33,7 @@ def test_units_that_an_update_killed_are_the_rate(tmp_path):
         hidden = L.Dense(8, "relu", name="hidden", bias_initializer="ones")
         return regression(hidden, L.Dense(1, name="out", kernel_initializer="ones"), rate=0.1)
 
-    found = Fitted(build, x, y, tmp_path / "run", epochs=12).guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, y, tmp_path / "run", epochs=12).guard.diagnose(budget_seconds=4)
     assert (found.verdict, found.cause.kind) == ("stalled", "learning_rate")
     assert "hidden is dead since step" in " ".join(found.cause.evidence)
     assert found.recommendation.verified and "learning_rate=" in found.recommendation.command

@@ -96,7 +96,7 @@ def test_the_difference_of_two_infinities_in_a_loss_is_mended(tmp_path):
         model = keras.Sequential([keras.Input((FEATURES,)), L.Dense(3), L.LeakyReLU()])
         return compiled(model, loss=loss)
 
-    found = Fitted(build, x, x, tmp_path / "run").guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, x, tmp_path / "run").guard.diagnose(budget_seconds=4)
     assert (found.first_nonfinite.op, found.cause.kind) == ("Sub", "loss_formula")
     assert "the difference of two infinities" in found.cause.evidence[0]
     assert found.recommendation.verified and "a.dtype.min" in found.recommendation.command
@@ -113,7 +113,7 @@ def test_a_cast_to_float16_in_a_float32_program_is_the_precision(tmp_path):
     def build():
         return compiled(keras.Sequential([keras.Input((FEATURES,)), Energy(), L.Dense(3)]))
 
-    found = Fitted(build, x, y, tmp_path / "run").guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, y, tmp_path / "run").guard.diagnose(budget_seconds=4)
     assert found.first_nonfinite.dtype == "float16" and found.cause.kind == "precision"
     assert found.recommendation.verified and "tf.float32" in found.recommendation.command
 
@@ -252,7 +252,7 @@ def fitted_commands(fitted: Fitted) -> list[str]:
 def test_labels_from_one_are_lowered(tmp_path):
     x, y = data()
     fitted = Fitted(lambda: compiled(keras.Sequential([L.Dense(3)])), x, y + 1, tmp_path / "run")
-    found = fitted.guard.diagnose(budget_seconds=8)
+    found = fitted.guard.diagnose(budget_seconds=5)
     assert found.cause.kind == "labels"
     assert found.recommendation.verified and "y = y - 1" in found.recommendation.command
 
@@ -268,7 +268,7 @@ def test_a_schedule_that_divides_by_zero(tmp_path):
         )
 
     fitted = Fitted(build, *data(), tmp_path / "run")
-    found = fitted.guard.diagnose(budget_seconds=8)
+    found = fitted.guard.diagnose(budget_seconds=5)
     assert found.first_nonfinite.stage == "update" and found.cause.kind == "learning_rate"
     assert found.recommendation.verified
     assert "SGD(learning_rate=0.01)" in found.recommendation.command

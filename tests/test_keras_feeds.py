@@ -23,7 +23,7 @@ class Rows(keras.utils.PyDataset):
 
 def diagnosed(place, x, y=None, **fit):
     fitted = Fitted(lambda: compiled(mlp()), x, y, place / "run", **fit)
-    return fitted.guard.diagnose(budget_seconds=6)
+    return fitted.guard.diagnose(budget_seconds=4)
 
 
 def generated():
@@ -91,7 +91,7 @@ def test_an_index_that_an_embedding_has_no_row_for_is_the_data(tmp_path, bad):
         layers = [keras.Input((5,), dtype="int32"), words, L.Flatten(), L.Dense(3)]
         return compiled(keras.Sequential(layers))
 
-    found = Fitted(build, x, data()[1], tmp_path / "run").guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, data()[1], tmp_path / "run").guard.diagnose(budget_seconds=4)
     place = found.first_nonfinite
     assert (place.stage, place.layer, place.examples) == ("data", "words", (CULPRIT,))
     assert found.cause.kind == "data" and "words has 20 rows" in found.cause.evidence[0]
@@ -110,7 +110,7 @@ def test_a_column_that_was_constant_when_a_normalisation_was_adapted(tmp_path):
         made.append(keras.Sequential([keras.Input(x.shape[1:]), norm, L.Dense(1, name="out")]))
         return compiled(made[0], loss="mse", optimizer=keras.optimizers.SGD(0.01))
 
-    found = Fitted(build, x, x[:, :1], tmp_path / "run").guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, x[:, :1], tmp_path / "run").guard.diagnose(budget_seconds=4)
     assert found.cause.kind == "data" and "norm was adapted" in found.cause.evidence[0]
     assert found.recommendation.verified
     exec(found.recommendation.command, {"model": made[0], "keras": keras})
@@ -135,6 +135,6 @@ def test_labels_that_are_no_probabilities_are_mapped_to_some(tmp_path, low, high
         return compiled(model, loss="binary_crossentropy", optimizer=rate)
 
     fitted = Fitted(build, x, y, tmp_path / "run", epochs=20)
-    found = fitted.guard.diagnose(budget_seconds=6)
+    found = fitted.guard.diagnose(budget_seconds=4)
     assert found.cause.kind == "labels" and found.recommendation.verified
     assert found.recommendation.command.startswith(line)

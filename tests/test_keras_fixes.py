@@ -19,7 +19,7 @@ def thirds():
 def diagnosed(place, build, y=None, epochs=1):
     x, known = data()
     fitted = Fitted(build, x, known if y is None else y, place / "run", epochs=epochs)
-    return fitted.guard.diagnose(budget_seconds=6)
+    return fitted.guard.diagnose(budget_seconds=4)
 
 
 def test_wrong_labels_in_every_batch_all_go(tmp_path):
@@ -130,7 +130,7 @@ def test_a_row_of_another_size_goes(tmp_path):
         model = keras.Sequential([keras.Input((FEATURES,)), L.Dense(8, "relu"), L.Dense(1)])
         return compiled(model, loss="mse", optimizer=keras.optimizers.SGD(0.01))
 
-    found = Fitted(build, x, x[:, :1], tmp_path / "run").guard.diagnose(budget_seconds=6)
+    found = Fitted(build, x, x[:, :1], tmp_path / "run").guard.diagnose(budget_seconds=4)
     assert found.cause.kind == "data" and found.recommendation.verified
     keep = {"x": x, "y": np.arange(len(x)), "np": np}
     exec(found.recommendation.command, keep)

@@ -420,7 +420,11 @@ def test_xla(tmp_path):
 
 
 @pytest.mark.usefixtures("without_op_determinism")
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mixed_float16"]
+    + [pytest.param(one, marks=pytest.mark.slow) for one in ("float32", "mixed_bfloat16")],
+)
 def test_xla_with_several_steps_an_execution(tmp_path, policy):
     def build() -> keras.Model:
         previous = keras.config.dtype_policy()
@@ -465,7 +469,7 @@ def test_a_fault_inside_a_recurrent_loop_has_its_layer_op_and_line(tmp_path):
     assert "new = tf.math.log(x @ self.kernel" in first.source
 
 
-@pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("SimpleRNN", marks=pytest.mark.slow), "GRU"])
 def test_recurrent_layers_clean_and_faulty(tmp_path, kind):
     def build() -> keras.Model:
         layers = [keras.Input((6, 1)), getattr(L, kind)(4, name="memory"), L.Dense(3)]
