@@ -54,7 +54,7 @@ class Size:
 
 SIZES = {
     "demo": Size("A, width 1/4, 32 px, batch 32", "A", 0.25, 32, 10, 32, 50),
-    "full": Size("D, width 1, 224 px, batch 8", "D", 1.0, 224, 1000, 8, 1),
+    "full": Size("D, width 1, 224 px, batch 8", "D", 1.0, 224, 1000, 8, 4),
 }
 
 
