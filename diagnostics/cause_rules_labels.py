@@ -44,9 +44,8 @@ def _label_range(evidence: Evidence) -> Iterator[Finding]:
     if evidence.label_range is None or not all(map(math.isfinite, evidence.label_range)):
         return
     low, high = evidence.label_range
-    classes = evidence.facts.classes
-    refused = ("data", "labels") in failed_checks(evidence)
-    if classes and (_class_numbers(evidence) or refused):
+    classes = _known_classes(evidence)
+    if classes:
         if _beyond_classes(evidence):
             hint = ""
             if low >= 1 and high == classes:
@@ -94,13 +93,16 @@ def _beyond_probability(evidence: Evidence) -> bool:
     return evidence.label_range[0] < 0 or evidence.label_range[1] > 1
 
 
-def _beyond_classes(evidence: Evidence) -> bool:
-    """Whether labels of a classifier that ought to be class numbers are none."""
-    classes, span = evidence.facts.classes, evidence.label_range
+def _known_classes(evidence: Evidence) -> int:
+    """How many classes the labels may name; 0 where they are not class numbers."""
     refused = ("data", "labels") in failed_checks(evidence)
-    if not classes or span is None or not (_class_numbers(evidence) or refused):
-        return False
-    return span[0] < 0 or span[1] >= classes
+    return (evidence.facts.classes or 0) if _class_numbers(evidence) or refused else 0
+
+
+def _beyond_classes(evidence: Evidence) -> bool:
+    """Whether labels that ought to be class numbers are none."""
+    classes, span = _known_classes(evidence), evidence.label_range
+    return classes > 0 and span is not None and (span[0] < 0 or span[1] >= classes)
 
 
 def _class_numbers(evidence: Evidence) -> bool:

@@ -10,8 +10,10 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from jpeg_samples import pixels
+from small_runs import tiny_config, tiny_data
 
-from vggrepro import compiled_crop, resampling
+from vggrepro import compiled_crop, data_source, resampling
+from vggrepro.data_source import open_data
 from vggrepro.resampling import KERNEL_RADIUS, Crop, Window
 
 needs_ops = pytest.mark.skipif(
@@ -125,6 +127,14 @@ def test_without_a_compiler_tensorflow_does_it(
     own = window([1, 2, 18, 20], (0.5, 0.5), (0.0, 0.0)), tf.constant(True), RGB
     found = Crop(8, "triangle").of(image, *own)
     assert np.array_equal(found, Crop(8, "triangle").with_tensorflow(image, *own))
+
+
+@pytest.mark.parametrize("by", ["tensorflow", pytest.param("compiled", marks=needs_ops)])
+def test_a_run_says_what_resampled_its_images(monkeypatch, tmp_path, by: str) -> None:
+    if by == "tensorflow":
+        monkeypatch.setattr(data_source, "compiled_ops", lambda: None)
+    config = tiny_config(tiny_data(tmp_path))
+    assert open_data(config, lambda line: None).record["resampling"] == by
 
 
 @needs_ops
