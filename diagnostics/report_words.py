@@ -206,9 +206,13 @@ def configuration(facts: RunFacts) -> list[tuple[str, str]]:
         "loss": facts.loss or None,
         "classes": facts.classes,
         "batch size": facts.batch_size,
-        **facts.extra,
     }
-    return flatten({name: value for name, value in values.items() if value is not None})
+    # Rows, not one mapping: an extra fact of the same name would hide one of these.
+    return [
+        row
+        for group in (values, facts.extra)
+        for row in flatten({name: one for name, one in group.items() if one is not None})
+    ]
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

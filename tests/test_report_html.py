@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from report_samples import LAYERS, SAMPLES, Sample, changed, facts, founding, telemetry, with_names
 
@@ -90,6 +90,8 @@ hostile_names = st.one_of(
 )
 
 
+@example(name="loss")
+@example(name="batch size")
 @given(name=hostile_names)
 def test_no_name_becomes_markup(name):
     """Names change the texts of the page, never its elements or attributes."""
