@@ -8,8 +8,9 @@ processes disturb less. Every round starts a fresh iterator, so nothing of one v
 is computed in another's time. Op determinism stays off: it would make the
 stateful random ops of plain TensorFlow take turns; ours has none.
 
-Then the same images from shards: cold and warm, the first batch at step 0 and 300,000, the
-rate of `data build`; with --entries N, index, order and memory of N tiny images.
+Then, with op determinism as in training, the same images from shards: cold and warm, the first
+batch at step 0 and 300,000, the rate of `data build`; with --entries N, index, order and memory
+of N tiny images.
 
 Usage: python benchmarks/input_pipeline.py [--size demo|photographs|jitter|all|none] [--rounds N]
        [--entries N]
@@ -109,11 +110,12 @@ def ours_without_compiler(index: ExampleIndex, preprocessing: Preprocessing) -> 
 
 def with_tensorflow(index: ExampleIndex, process: Callable[[tf.Tensor], tf.Tensor]) -> Run:
     """Files in shuffled order through `process`, on as many threads as ours."""
-    paths = tf.constant([f"{index.root}/{path}" for path in index.paths])
+    # Shuffled beforehand: shuffling has state, and op determinism would make all of it serial.
+    shuffled = np.random.default_rng(0).permutation(len(index))
+    paths = tf.constant([f"{index.root}/{index.paths[i]}" for i in shuffled])
     threads = os.cpu_count() or 1
     dataset = (
         tf.data.Dataset.range(len(index))
-        .shuffle(len(index), seed=0)
         .repeat()
         .map(
             lambda i: process(tf.io.read_file(paths[i])),
@@ -219,6 +221,7 @@ def report(console: Console, size: Size, folder: Path, rounds: int) -> None:
 
 def report_storage(console: Console, folder: Path, shards: Path, rounds: int) -> None:
     """The same images as files and as shards."""
+    tf.config.experimental.enable_op_determinism()
     size = SIZES["photographs"]
     storage_cost.build(console, folder, shards, 5_000_000)
     streams = storage_cost.streams(folder, shards, settings(size, "fast"), BATCH)

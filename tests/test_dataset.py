@@ -203,7 +203,7 @@ def op_types(dataset: tf.data.Dataset) -> set[str]:
 def test_no_python_runs_in_the_pipeline(index: ExampleIndex, folder: Path) -> None:
     training = op_types(TrainingStream(index, AUGMENTED, 4, 0).stream(0))
     evaluation = op_types(EvaluationStream(index, settings(decode="fast"), 4).dataset())
-    assert {"ScaleAndTranslate", "VggreproResampledCrop"} & training
+    assert {"ScaleAndTranslate", "VggreproCropInto"} & training
     assert "DecodeAndCropJpeg" in evaluation
     assert not (training | evaluation) & PYTHON_OPS
 

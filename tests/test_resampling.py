@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from jpeg_samples import pixels
 from small_runs import tiny_config, tiny_data
 
-from vggrepro import compiled_crop, data_source, resampling
+from vggrepro import compiled_ops, resampling
 from vggrepro.data_source import open_data
 from vggrepro.resampling import KERNEL_RADIUS, Crop, Window
 
 needs_ops = pytest.mark.skipif(
-    compiled_crop.library() is None, reason="no C compiler here that can make the op"
+    compiled_ops.library() is None, reason="no C compiler here that can make the op"
 )
 RGB = tf.constant([-123.7, 0.0, 3.25])
 
@@ -40,7 +40,7 @@ def window(box: list[int], scale: tuple[float, float], shift: tuple[float, float
 )
 def test_gcc_compiles_it() -> None:
     """Without this the tests below could all be skipped unnoticed."""
-    assert compiled_crop.library() is not None
+    assert compiled_ops.library() is not None
 
 
 @needs_ops
@@ -112,9 +112,15 @@ def test_the_op_refuses_what_it_would_misread(fault: dict, complaint: str) -> No
 def no_op_yet(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """As in a new process of a user who never compiled it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    resampling._tried_ops.cache_clear()
+    forget()
     yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    """What this process knows of the ops."""
     resampling._tried_ops.cache_clear()
+    compiled_ops.load.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["", "false", "no-such-compiler"])
@@ -132,29 +138,29 @@ def test_without_a_compiler_tensorflow_does_it(
 @pytest.mark.parametrize("by", ["tensorflow", pytest.param("compiled", marks=needs_ops)])
 def test_a_run_says_what_resampled_its_images(monkeypatch, tmp_path, by: str) -> None:
     if by == "tensorflow":
-        monkeypatch.setattr(data_source, "compiled_ops", lambda: None)
+        monkeypatch.setattr(resampling, "compiled_ops", lambda: None)
     config = tiny_config(tiny_data(tmp_path))
     assert open_data(config, lambda line: None).record["resampling"] == by
 
 
 @needs_ops
 def test_it_is_compiled_once_and_kept(no_op_yet, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compiled_crop.library()
+    first = compiled_ops.library()
     assert first is not None and [*(no_op_yet / "vggrepro").iterdir()] == [first]
 
     def refused(*arguments: object, **options: object) -> None:
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(subprocess, "run", refused)
-    assert compiled_crop.library() == first
+    assert compiled_ops.library() == first
 
 
 def test_a_home_that_cannot_be_written_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path
+    no_op_yet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compiled_crop.load() is None
+    (no_op_yet / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_op_yet / "file"))
+    assert compiled_ops.load() is None
 
 
 @needs_ops
@@ -170,7 +176,7 @@ def test_ops_with_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch, name:
             getattr(ops, name)(*inputs, **form),
         )
 
-    monkeypatch.setattr(compiled_crop, "load", lambda: ops._replace(**{name: rounded_otherwise}))
+    monkeypatch.setattr(compiled_ops, "load", lambda: ops._replace(**{name: rounded_otherwise}))
     resampling._tried_ops.cache_clear()
     assert resampling.compiled_ops() is None
     resampling._tried_ops.cache_clear()

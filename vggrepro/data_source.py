@@ -11,13 +11,13 @@ from typing import Any
 import tensorflow as tf
 
 from diagnostics.errors import InputError, ToolError
+from vggrepro import resampling
 from vggrepro.config import TrainConfig
 from vggrepro.dataset import Batch, EvaluationStream, TrainingStream
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
 from vggrepro.image_folder import index_folder
 from vggrepro.preprocessing import Preprocessing
-from vggrepro.resampling import compiled_ops
 from vggrepro.shards import check_sizes, holds_shards, index_shards, read_manifest
 from vggrepro.statistics import ColourStatistics, training_statistics
 from vggrepro.storage import is_url
@@ -136,7 +136,7 @@ def open_data(
             "classes_sha256": train.classes_sha256,
             "colours": colours.to_dict(),
             "resized": stored_resize(root),
-            "resampling": "tensorflow" if compiled_ops() is None else "compiled",
+            "resampling": "tensorflow" if resampling.compiled_ops() is None else "compiled",
         },
     )
 

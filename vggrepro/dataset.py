@@ -11,22 +11,21 @@ tf.data graph.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
+from vggrepro.batching import Batch, Rows, threads
 from vggrepro.example_index import ExampleIndex
-from vggrepro.example_reader import Plan, Rows, example_reader, example_rows
+from vggrepro.example_reader import RecordReader, example_reader, example_rows
 from vggrepro.graph_functions import as_written
 from vggrepro.order import WindowShuffle, example_order
 from vggrepro.preprocessing import Preprocessing
+from vggrepro.resampling import BatchRow
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
-from vggrepro.window_reader import window_records
-
-Batch = dict[str, tf.Tensor]
+from vggrepro.window_reader import from_window, record_windows
 
 
 class TrainingStream:
@@ -62,11 +61,10 @@ class TrainingStream:
         self._rows = replica_rows(batch_size, replica, replicas)
         self._reader = example_reader(index)
         self._order = example_order(index, order, seed)
+        self._batching = preprocessing.batching(len(self._rows))
         self._augment_key = fold_in(seed, STREAM_AUGMENT)
         self._one_batch = tf.function(
-            lambda step: self._batches(
-                self._reader.rows(self._planned(step, step + 1))
-            ).get_single_element(),
+            lambda step: self._batches(self._planned(step, step + 1)).get_single_element(),
             input_signature=[tf.TensorSpec([], tf.int64)],
             autograph=False,
         )
@@ -78,11 +76,15 @@ class TrainingStream:
     def stream(self, first_step: int) -> tf.data.Dataset:
         """An endless dataset of the batches from `first_step` on, prefetched."""
         plans = self._planned(tf.constant(first_step, tf.int64), tf.int64.max)
-        return self._batches(self._read_ahead(plans, first_step)).prefetch(2)
+        whole = len(self._rows) == self.batch_size
+        if whole and isinstance(self._order, WindowShuffle):
+            return self._batches_by_window(plans, self._order, first_step).prefetch(2)
+        return self._batches(plans).prefetch(2)
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
-        return [int(i) for i in self._taken(tf.constant(step, tf.int64))[1]]
+        taken = self._order.example_ids(*self._positions(tf.constant(step, tf.int64)))
+        return [int(i) for i in taken]
 
     def name_of(self, example_id: int) -> str:
         """Path of an example, relative to the data directory."""
@@ -91,43 +93,44 @@ class TrainingStream:
     def _planned(self, first_step: tf.Tensor, end_step: tf.Tensor | int) -> tf.data.Dataset:
         return tf.data.Dataset.range(first_step, end_step).map(self._plan)
 
-    def _read_ahead(self, plans: tf.data.Dataset, first_step: int) -> tf.data.Dataset:
-        """The rows with their bytes: window by window where all rows of a window are taken."""
-        whole = len(self._rows) == self.batch_size
-        if not (whole and isinstance(self._order, WindowShuffle) and self.index.records):
-            return self._reader.rows(plans)
-        data = window_records(self._order, self.index.records, first_step * self.batch_size)
-        rows = plans.map(as_written(lambda row, places: row)).unbatch()
-        return tf.data.Dataset.zip((rows, data))
+    def _batches(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        rows = self._batching.rows(self._reader.read_ahead(plans))
+        return self._made(rows, self._reader.jpeg)
 
-    def _batches(self, rows: tf.data.Dataset) -> tf.data.Dataset:
-        examples = rows.map(self._example, num_parallel_calls=_threads(), deterministic=True)
-        return _with_options(examples.batch(len(self._rows), drop_remainder=True))
+    def _batches_by_window(
+        self, plans: tf.data.Dataset, order: WindowShuffle, first_step: int
+    ) -> tf.data.Dataset:
+        """The same from windows that are read whole."""
+        records, reader = self.index.records, self._reader
+        assert records is not None and isinstance(reader, RecordReader)
+        windows = record_windows(order, records, reader.ops, first_step * self.batch_size)
+        return self._made(self._batching.rows_by_window(plans, windows), from_window(reader.ops))
+
+    def _made(self, rows: tf.data.Dataset, jpeg: Callable[..., tf.Tensor]) -> tf.data.Dataset:
+        def image(row: Rows, *records: tf.Tensor, into: BatchRow | None) -> tf.Tensor:
+            content = jpeg(*row["stored"], *records)
+            return self.preprocessing.training_image(content, row["augmentation"], into)
+
+        return _with_options(self._batching.batches(rows, image))
 
     @as_written
-    def _plan(self, step: tf.Tensor) -> Plan:
+    def _plan(self, step: tf.Tensor) -> Rows:
         """What a step's rows read and how they are augmented."""
-        epochs, example_ids = self._taken(step)
+        epochs, places = self._positions(step)
+        example_ids = self._order.example_ids(epochs, places)
         seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
         sizes = self._reader.image_sizes(example_ids)
-        row, places = self._reader.look_up(example_ids)
-        return {**row, "augmentation": self.preprocessing.augmentation(seeds, sizes)}, places
+        augmentation = self.preprocessing.augmentation(seeds, sizes)
+        plan = {**self._reader.look_up(example_ids), "augmentation": augmentation}
+        if isinstance(self._order, WindowShuffle):
+            plan["window_begins"] = places % self._order.window == 0
+        return plan
 
-    def _taken(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Epoch and example id of every row of a step; int64 [b]."""
+    def _positions(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Epoch and place in it of every row of a step; int64 [b]."""
         rows = tf.range(self._rows.start, self._rows.stop, dtype=tf.int64)
         positions = step * self.batch_size + rows
-        epochs = positions // len(self.index)
-        return epochs, self._order.example_ids(epochs, positions % len(self.index))
-
-    @as_written
-    def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
-        jpeg = self._reader.jpeg(stored)
-        return {
-            "images": self.preprocessing.training_image(jpeg, row["augmentation"]),
-            "labels": row["labels"],
-            "example_ids": row["example_ids"],
-        }
+        return positions // len(self.index), positions % len(self.index)
 
 
 def replica_rows(batch_size: int, replica: int, replicas: int) -> range:
@@ -185,7 +188,7 @@ class EvaluationStream:
     def _batches(self) -> tf.data.Dataset:
         ids = self._example_ids()
         examples = example_rows(self._reader, ids[ids < len(self.index)]).map(
-            self._example, num_parallel_calls=_threads(), deterministic=True
+            self._example, num_parallel_calls=threads(), deterministic=True
         )
         side = self.preprocessing.image_size
         padding = {
@@ -195,7 +198,9 @@ class EvaluationStream:
             "weights": tf.constant(0.0),
         }
         missing = int((ids >= len(self.index)).sum())
-        padded = examples.concatenate(tf.data.Dataset.from_tensors(padding).repeat(missing))
+        # Of ranges: a dataset of tensors would make the pipeline serial under op determinism.
+        blank = tf.data.Dataset.range(missing).map(as_written(lambda i: padding))
+        padded = examples.concatenate(blank)
         return _with_options(padded.batch(len(self._rows), drop_remainder=True)).prefetch(2)
 
     def _example_ids(self) -> np.ndarray:
@@ -204,10 +209,10 @@ class EvaluationStream:
         return (firsts[:, None] + np.array(self._rows)).reshape(-1)
 
     @as_written
-    def _example(self, row: Rows, stored: tf.Tensor) -> Batch:
+    def _example(self, row: Rows) -> Batch:
         side = self.preprocessing.evaluation_side
         return {
-            "images": self.preprocessing.evaluation_image(self._reader.jpeg(stored), side),
+            "images": self.preprocessing.evaluation_image(self._reader.jpeg(*row["stored"]), side),
             "labels": row["labels"],
             "example_ids": row["example_ids"],
             "weights": tf.constant(1.0),
@@ -219,19 +224,15 @@ def example_files(index: ExampleIndex, example_ids: np.ndarray) -> tf.data.Datas
     reader = example_reader(index)
     rows = example_rows(reader, example_ids)
     return rows.map(
-        as_written(lambda row, stored: reader.jpeg(stored)),
-        num_parallel_calls=_threads(),
+        as_written(lambda row: reader.jpeg(*row["stored"])),
+        num_parallel_calls=threads(),
         deterministic=True,
     )
-
-
-def _threads() -> int:
-    return os.cpu_count() or 1
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
-    options.threading.private_threadpool_size = _threads()
+    options.threading.private_threadpool_size = threads()
     return dataset.with_options(options)

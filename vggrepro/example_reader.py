@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
+from vggrepro import compiled_ops
+from vggrepro.batching import Rows
+from vggrepro.compiled_ops import CompiledOps
 from vggrepro.example_index import ExampleIndex, RecordTable
 from vggrepro.graph_functions import as_written
-from vggrepro.storage import read_bytes
-
-Rows = dict[str, tf.Tensor]
-Plan = tuple[Rows, tuple[tf.Tensor, ...]]  # rows, and where their images are; all [b, ...]
+from vggrepro.storage import is_url, read_bytes
 
 _PLAN_ROWS = 32
 _JPEG_MAGIC = b"\xff\xd8\xff"
@@ -29,18 +29,21 @@ class FileReader:
             self._paths = tf.constant([index.location(i) for i in range(len(index))])
 
     @as_written
-    def look_up(self, example_ids: tf.Tensor) -> Plan:
-        """The rows of these examples (int64 [b]), and their places for `rows`."""
-        row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
-        return row, (tf.gather(self._paths, example_ids),)
+    def look_up(self, example_ids: tf.Tensor) -> Rows:
+        """Rows: the examples (int64 [b]), their labels, and where their images are stored."""
+        return {
+            "example_ids": example_ids,
+            "labels": tf.gather(self._labels, example_ids),
+            "stored": (tf.gather(self._paths, example_ids),),
+        }
 
     def image_sizes(self, example_ids: tf.Tensor) -> tf.Tensor | None:
         """Height and width of the images, int32 [b, 2]; None: only their headers say."""
         return None
 
-    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
-        """Plans taken apart: a row and what `jpeg` needs for it at a time, in order."""
-        return plans.map(as_written(lambda row, places: (row, *places))).unbatch()
+    def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        """Plans whose rows have stored what `jpeg` takes."""
+        return plans
 
     def jpeg(self, path: tf.Tensor) -> tf.Tensor:
         """The bytes of one example, scalar string."""
@@ -48,7 +51,13 @@ class FileReader:
 
 
 class RecordReader:
-    """Examples that are records of shards, each read by its offset."""
+    """Examples that are records of shards, each read by its offset.
+
+    Attributes:
+      ops: compiled ops that read records here, if any.
+    """
+
+    ops: CompiledOps | None = None
 
     def __init__(self, index: ExampleIndex, records: RecordTable) -> None:
         with tf.device("CPU:0"):
@@ -59,18 +68,21 @@ class RecordReader:
             self._sizes = None if records.image_size is None else tf.constant(records.image_size)
 
     @as_written
-    def look_up(self, example_ids: tf.Tensor) -> Plan:
+    def look_up(self, example_ids: tf.Tensor) -> Rows:
         """As `FileReader.look_up`."""
-        row = {"example_ids": example_ids, "labels": tf.gather(self._labels, example_ids)}
         files = tf.gather(self._files, tf.gather(self._shard, example_ids))
-        return row, (files, tf.gather(self._offset, example_ids))
+        return {
+            "example_ids": example_ids,
+            "labels": tf.gather(self._labels, example_ids),
+            "stored": (files, tf.gather(self._offset, example_ids)),
+        }
 
     def image_sizes(self, example_ids: tf.Tensor) -> tf.Tensor | None:
         """As `FileReader.image_sizes`; None: from an index of an earlier version."""
         return None if self._sizes is None else tf.gather(self._sizes, example_ids)
 
-    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
-        """As `FileReader.rows`: reads the records, those of a few plans at a time.
+    def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        """As `FileReader.read_ahead`: reads the records, those of a few plans at a time.
 
         Not in a parallel map: op determinism, which training turns on, would make a map
         that reads records serial; interleaved record datasets it leaves parallel. A plan is
@@ -82,16 +94,35 @@ class RecordReader:
             cycle_length=threads,
             num_parallel_calls=threads,
             deterministic=True,
-        ).unbatch()
+        )
 
-    def jpeg(self, stored: tf.Tensor | tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        """As `FileReader.jpeg`, from the bytes, or those of a window and the place in it."""
-        return stored if isinstance(stored, tf.Tensor) else tf.gather(*stored)
+    def jpeg(self, *stored: tf.Tensor) -> tf.Tensor:
+        """As `FileReader.jpeg`."""
+        return stored[0]
+
+
+class LocalRecordReader(RecordReader):
+    """The same with the compiled ops: each record where it is decoded."""
+
+    def __init__(self, index: ExampleIndex, records: RecordTable, ops: CompiledOps) -> None:
+        super().__init__(index, records)
+        assert ops.read_records is not None
+        self.ops = ops
+        self._read_records = ops.read_records
+
+    def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        """As `FileReader.read_ahead`."""
+        return plans
+
+    def jpeg(self, *stored: tf.Tensor) -> tf.Tensor:
+        """As `FileReader.jpeg`."""
+        return tf.reshape(self._read_records(*stored, tf.constant(1, tf.int64)), [])
 
 
 @as_written
-def _rows_with_records(row: Rows, places: tuple[tf.Tensor, ...]) -> tf.data.Dataset:
-    """A plan's rows with their records, one element."""
+def _rows_with_records(plan: Rows) -> tf.data.Dataset:
+    """A plan with the records themselves stored, one element."""
+    places = plan["stored"]
     # Functions cost more than records: one call a record, to open it, and no other.
     records = tf.data.Dataset.from_tensor_slices(places).flat_map(
         as_written(lambda file, offset: record_dataset(file, offset).take(1))
@@ -99,21 +130,26 @@ def _rows_with_records(row: Rows, places: tuple[tf.Tensor, ...]) -> tf.data.Data
     count = tf.size(places[0], tf.int64)
     # A shard that was cut off would give fewer, and rows the images of others.
     whole = records.apply(tf.data.experimental.assert_cardinality(count))
-    return tf.data.Dataset.zip(
-        (tf.data.Dataset.from_tensors(row), whole.batch(count, drop_remainder=True))
+    return whole.batch(count, drop_remainder=True).map(
+        as_written(lambda stored: {**plan, "stored": (stored,)})
     )
 
 
 def example_reader(index: ExampleIndex) -> FileReader | RecordReader:
     """The reader of whatever the examples are stored in."""
-    return FileReader(index) if index.records is None else RecordReader(index, index.records)
+    if index.records is None:
+        return FileReader(index)
+    ops = None if is_url(index.root) else compiled_ops.load()
+    if ops is None or ops.read_records is None:
+        return RecordReader(index, index.records)
+    return LocalRecordReader(index, index.records, ops)
 
 
 def example_rows(reader: FileReader | RecordReader, example_ids: np.ndarray) -> tf.data.Dataset:
-    """The elements of `FileReader.rows` for these examples (int64 [n])."""
+    """The rows of these examples (int64 [n]), one by one, with what `jpeg` takes."""
     with tf.device("CPU:0"):
         ids = tf.data.Dataset.from_tensor_slices(example_ids)
-    return reader.rows(ids.batch(_PLAN_ROWS).map(reader.look_up))
+    return reader.read_ahead(ids.batch(_PLAN_ROWS).map(reader.look_up)).unbatch()
 
 
 class _RecordDataset(tf.data.Dataset):

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from vggrepro.resampling import Crop, Window, compiled_ops
+from vggrepro import resampling
+from vggrepro.batching import Batching, InPlace, Stacked
+from vggrepro.resampling import BatchRow, Crop, Window
 
 # Just below 1/2: an odd number of spare pixels leaves the larger part below and right.
 _CENTRE = np.nextafter(np.float32(0.5), np.float32(0.0))
@@ -85,7 +87,7 @@ class Preprocessing:
     colour_components: tuple[tuple[float, float, float], ...]
 
     def __post_init__(self) -> None:
-        compiled_ops()  # now: not in the middle of tracing a graph
+        resampling.compiled_ops()  # now: not in the middle of tracing a graph
 
     @property
     def _form(self) -> Crop:
@@ -95,6 +97,11 @@ class Preprocessing:
     def evaluation_side(self) -> int:
         """Q = S, or the middle of [scale_min, scale_max] (paper section 4.1)."""
         return (self.scale_min + self.scale_max) // 2
+
+    def batching(self, size: int) -> Batching:
+        """How training images become batches of `size` here."""
+        ops = resampling.compiled_ops()
+        return Stacked(size) if ops is None else InPlace(ops, size, self.image_size)
 
     def augmentation(self, seeds: tf.Tensor, sizes: tf.Tensor | None) -> Augmentation:
         """What is done to many images, at once.
@@ -111,20 +118,23 @@ class Preprocessing:
         crop = place if sizes is None else self._form.windows(sizes, *place)
         return Augmentation(crop, flip[:, 0] < 0.5, colour)
 
-    def training_image(self, jpeg: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
+    def training_image(
+        self, jpeg: tf.Tensor, augmentation: Augmentation, into: BatchRow | None = None
+    ) -> tf.Tensor:
         """One augmented crop.
 
         Args:
           jpeg: scalar string, the bytes of the file.
           augmentation: of this image, without leading dimensions.
+          into: write it there, see `Crop.of`.
         Returns:
-          float32 [image_size, image_size, 3].
+          float32 [image_size, image_size, 3], or the batch that it was written to.
         Raises:
           tf.errors.InvalidArgumentError: the bytes are not a whole image.
         """
         flip = augmentation.flip if self.flip else tf.constant(False)
         rgb = self._colour_shift(augmentation.colour) - self.mean_rgb
-        return self._crop(jpeg, augmentation.crop, flip, rgb)
+        return self._crop(jpeg, augmentation.crop, flip, rgb, into)
 
     def evaluation_image(self, jpeg: tf.Tensor, shorter_side: int) -> tf.Tensor:
         """The centre crop of the image rescaled to `shorter_side`; float32 as above."""
@@ -132,9 +142,14 @@ class Preprocessing:
         return self._crop(jpeg, place, tf.constant(False), -tf.constant(self.mean_rgb))
 
     def _crop(
-        self, jpeg: tf.Tensor, crop: Place | Window, flip: tf.Tensor, rgb: tf.Tensor
+        self,
+        jpeg: tf.Tensor,
+        crop: Place | Window,
+        flip: tf.Tensor,
+        rgb: tf.Tensor,
+        into: BatchRow | None = None,
     ) -> tf.Tensor:
-        """A crop of the rescaled image plus a colour; float32 [image_size, image_size, 3]."""
+        """A crop of the rescaled image plus a colour; as `Crop.of`."""
         if self.decode == "exact":
             pixels, window = self._whole(jpeg, crop)
         else:
@@ -143,7 +158,7 @@ class Preprocessing:
                 lambda: self._window_alone(jpeg, crop),
                 lambda: self._whole(jpeg, crop),
             )
-        return self._form.of(pixels, window, flip, rgb)
+        return self._form.of(pixels, window, flip, rgb, into)
 
     def _whole(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
         """The image and the crop's window in it."""

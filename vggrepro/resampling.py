@@ -1,7 +1,7 @@
 """A crop of a rescaled image, from the source pixels that it reaches.
 
 Rescaling and cropping are one resampling: only the pixels of the crop are computed, on the
-grid of the rescaled image. Two ways to the same bits: compiled ops (`compiled_crop`), and
+grid of the rescaled image. Two ways to the same bits: compiled ops (`compiled_ops`), and
 where these are not to be had, a chain of TensorFlow's own, which takes three times as long.
 """
 
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from vggrepro import compiled_crop, quiet_import
-from vggrepro.compiled_crop import CompiledOps
+from vggrepro import compiled_ops as library
+from vggrepro import quiet_import
+from vggrepro.compiled_ops import CompiledOps
 
 KERNEL_RADIUS = {"triangle": 1.0, "keyscubic": 2.0}
 # A window is wider than the kernel needs by this many source pixels: JPEG decoders
@@ -38,6 +39,18 @@ class Window(NamedTuple):
     box: tf.Tensor
     scale: tf.Tensor
     shift: tf.Tensor
+
+
+class BatchRow(NamedTuple):
+    """Where a crop is to be written.
+
+    Attributes:
+      images: float32 [b, side, side, 3], made by the compiled op, not yet read by anybody.
+      number: the row, int64 scalar.
+    """
+
+    images: tf.Tensor
+    number: tf.Tensor
 
 
 class Crop(NamedTuple):
@@ -77,7 +90,14 @@ class Crop(NamedTuple):
         box = tf.cast(tf.concat([first, end - first], -1), tf.int32)
         return Window(box, scale, first * scale - corner)
 
-    def of(self, pixels: tf.Tensor, window: Window, flip: tf.Tensor, rgb: tf.Tensor) -> tf.Tensor:
+    def of(
+        self,
+        pixels: tf.Tensor,
+        window: Window,
+        flip: tf.Tensor,
+        rgb: tf.Tensor,
+        into: BatchRow | None = None,
+    ) -> tf.Tensor:
         """The crop, mirrored if so told, plus a colour.
 
         Args:
@@ -85,14 +105,18 @@ class Crop(NamedTuple):
           window: without leading dimensions.
           flip: whether left and right change places, bool scalar.
           rgb: grey levels (0..255) to add, float32 [3].
+          into: write it there; needs the compiled ops.
         Returns:
-          float32 [side, side, 3].
+          float32 [side, side, 3], or `into.images`, of which this row is now written.
         Raises:
           tf.errors.InvalidArgumentError: the box is not inside the image.
         """
         ops = compiled_ops()
         if ops is None:
+            assert into is None
             return self.with_tensorflow(pixels, window, flip, rgb)
+        if into is not None:
+            return ops.crop_into(pixels, *window, flip, rgb, *into, **self._form())
         crop = ops.crop(pixels, *window, flip, rgb, **self._form())
         return tf.ensure_shape(crop, [self.side, self.side, 3])
 
@@ -159,7 +183,7 @@ def compiled_ops() -> CompiledOps | None:
 @functools.cache
 def _tried_ops() -> CompiledOps | None:
     _transpose_once()
-    ops = compiled_crop.load()
+    ops = library.load()
     return ops if ops is not None and _agree(ops) else None
 
 

@@ -7,8 +7,11 @@ its window only where they are decoded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
+from vggrepro.compiled_ops import CompiledOps
 from vggrepro.config import SHUFFLE_RUN
 from vggrepro.example_index import RecordTable
 from vggrepro.example_reader import record_dataset
@@ -18,39 +21,48 @@ from vggrepro.order import WindowShuffle
 _BUFFER = 2**20  # bytes at a time; runs lie far apart
 
 
-def window_records(
-    order: WindowShuffle, records: RecordTable, first_position: int
+def record_windows(
+    order: WindowShuffle, records: RecordTable, ops: CompiledOps | None, first_position: int
 ) -> tf.data.Dataset:
-    """Every position from `first_position` on, endless.
+    """The windows of all positions from `first_position` on, endless.
 
     Returns:
-      (bytes of all records of the window, string [n]; this position's place in them, int64).
+      (bytes of all records of the window, string [n]; the places in them that the positions
+      take in turn, int64 [m]; the first of these positions, int64).
     """
     windows_of_epoch = -(-order.count // order.window)
     epoch, place = divmod(first_position, order.count)
     first_window = epoch * windows_of_epoch + place // order.window
-    runs = _Runs(order, records)
-    loaded = (
+    runs = _Runs(order, records, ops)
+
+    @as_written
+    def from_first(data: tf.Tensor, places: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        skipped = tf.maximum(first_position - start, 0)
+        return data, places[skipped:], start + skipped
+
+    return (
         tf.data.Dataset.range(first_window, tf.int64.max)
         .map(as_written(lambda number: (number // windows_of_epoch, number % windows_of_epoch)))
         .flat_map(runs.window)
         .prefetch(1)
+        .map(from_first)
     )
-    return loaded.flat_map(_positions).skip(place % order.window)
 
 
-@as_written
-def _positions(data: tf.Tensor, places: tf.Tensor) -> tf.data.Dataset:
-    return tf.data.Dataset.zip(
-        (tf.data.Dataset.from_tensors(data).repeat(), tf.data.Dataset.from_tensor_slices(places))
-    )
+def from_window(ops: CompiledOps | None) -> Callable[..., tf.Tensor]:
+    """(place, records of its window) -> that record; with ops it may be asked for once."""
+    if ops is None or ops.take_record is None:
+        return lambda place, records: tf.gather(records, place)
+    take = ops.take_record
+    return lambda place, records: take(records, place)
 
 
 class _Runs:
     """Where the runs of a window lie; tables by place in storage."""
 
-    def __init__(self, order: WindowShuffle, records: RecordTable) -> None:
+    def __init__(self, order: WindowShuffle, records: RecordTable, ops: CompiledOps | None) -> None:
         self._order = order
+        self._read_records = None if ops is None else ops.read_records
         by_place = records.ids_in_storage_order
         shard = records.shard[by_place]
         with tf.device("CPU:0"):
@@ -60,19 +72,24 @@ class _Runs:
 
     @as_written
     def window(self, epoch: tf.Tensor, window: tf.Tensor) -> tf.data.Dataset:
-        """One element: the window's records, string [n], and their order in training."""
+        """One element: the records, string [n], their order in training, the first position."""
         order = self._order
         first = window * order.window
         places = tf.range(first, tf.minimum(first + order.window, order.count))
         epochs = tf.fill(tf.shape(places), epoch)
-        size = tf.size(places, tf.int64)
-        whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
-        pieces = tf.data.Dataset.from_tensor_slices(
-            self._pieces(places, order.records(epochs, places))
+        pieces = self._pieces(places, order.records(epochs, places))
+        within, start = order.within(epochs, places) - first, epoch * order.count + first
+        return self._read(pieces, tf.size(places, tf.int64)).map(
+            as_written(lambda records: (records, within, start))
         )
-        data = pieces.flat_map(_read).apply(whole).batch(size, drop_remainder=True)
-        within = tf.data.Dataset.from_tensors(order.within(epochs, places) - first)
-        return tf.data.Dataset.zip((data, within))
+
+    def _read(self, pieces: tuple[tf.Tensor, ...], size: tf.Tensor) -> tf.data.Dataset:
+        """One element: the records of the pieces, string [size]."""
+        if self._read_records is not None:
+            return tf.data.Dataset.range(1).map(as_written(lambda one: self._read_records(*pieces)))
+        records = tf.data.Dataset.from_tensor_slices(pieces).flat_map(_read)
+        whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
+        return records.apply(whole).batch(size, drop_remainder=True)
 
     def _pieces(self, places: tf.Tensor, records: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """File, offset and number of records that are read in one go; [m] each.

@@ -1,5 +1,6 @@
-// Two TensorFlow ops: the window of an image that a crop of the rescaled image reaches, and the
-// crop made of it, in one pass: resampled rows first, then columns, flipped, a colour added.
+// TensorFlow ops: the window of an image that a crop of the rescaled image reaches, and the crop
+// made of it, in one pass: resampled rows first, then columns, flipped, a colour added. Also
+// into its place in a batch: copying crops into batches takes as long as a third of a JPEG.
 //
 // The bits are those of vggrepro/resampling.py and of TensorFlow's ScaleAndTranslate with
 // antialias=True, because every product is rounded before it is added (-ffp-contract=off) and
@@ -11,13 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct TF_OpDefinitionBuilder TF_OpDefinitionBuilder;  // ops.h expects C++
-typedef struct TF_ShapeInferenceContext TF_ShapeInferenceContext;
-typedef struct TF_ShapeHandle TF_ShapeHandle;
-typedef struct TF_DimensionHandle TF_DimensionHandle;
-#include "tensorflow/c/kernels.h"
-#include "tensorflow/c/ops.h"
-#include "tensorflow/c/tf_tensor.h"
+#include "ops.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -28,21 +23,19 @@ typedef struct TF_DimensionHandle TF_DimensionHandle;
 #define UNROLLED inline __attribute__((always_inline))
 
 enum { CHANNELS = 3 };
-enum { SHAPE, SIDE, CORNER, WINDOW_INPUTS };
-enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, CROP_INPUTS };
-enum { MOST_INPUTS = 6 };
+enum { SHAPE, SIDE, CORNER };
+enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, IMAGES, ROW };
 
-// An input or output: its specification, and its elements (0: any number).
-typedef struct {
-  const char *spec;
-  int64_t elements;
-} Argument;
+#define CROP_INPUTS                                                                   \
+  {"pixels: uint8", 0}, {"box: int32", 4}, {"scale: float", 2}, {"shift: float", 2}, \
+      {"flip: bool", 1}, {"rgb: float", 3}
 
-static const Argument WINDOW_ARGUMENTS[WINDOW_INPUTS] = {
-    {"shape: int32", 3}, {"shorter_side: float", 1}, {"corner: float", 2}};
-static const Argument CROP_ARGUMENTS[CROP_INPUTS] = {
-    {"pixels: uint8", 0}, {"box: int32", 4}, {"scale: float", 2},
-    {"shift: float", 2},  {"flip: bool", 1}, {"rgb: float", 3}};
+static const Argument WINDOW[] = {
+    {"shape: int32", 3}, {"shorter_side: float", 1}, {"corner: float", 2}, {NULL, 0}};
+static const Argument CROP[] = {CROP_INPUTS, {NULL, 0}};
+static const Argument CROP_INTO[] = {
+    CROP_INPUTS, {"images: float", 0}, {"row: int64", 1}, {NULL, 0}};
+static const Argument NEW_IMAGES[] = {{"one_each: int64", 0}, {NULL, 0}};
 
 typedef float Pixel __attribute__((vector_size(16)));  // three channels and one lane to spare
 
@@ -174,13 +167,13 @@ static void mix_columns(const float *row, const Taps *taps, int side, int flip, 
   }
 }
 
-static void resample(const Settings *settings, const void *const *data, int64_t columns, float *out,
-                     TF_Status *status) {
+static void resample(const Settings *settings, const Call *call, float *out) {
+  const void *const *data = call->data;
   const int32_t *box = data[BOX];
   const float *scale = data[SCALE], *shift = data[SHIFT], *rgb = data[RGB];
   const int flip = *(const unsigned char *)data[FLIP], side = settings->side;
   const int width = CHANNELS * box[3];
-  const size_t pitch = (size_t)CHANNELS * columns;
+  const size_t pitch = (size_t)CHANNELS * TF_Dim(call->inputs[PIXELS], 1);
   const uint8_t *window = (const uint8_t *)data[PIXELS] + box[0] * pitch + CHANNELS * box[1];
   const Pixel colour = {rgb[0], rgb[1], rgb[2], 0.0f};
   Taps rows = {0}, across = {0};
@@ -188,7 +181,7 @@ static void resample(const Settings *settings, const void *const *data, int64_t 
   if (make_taps(&rows, settings, box[2], scale[0], shift[0]) &&
       make_taps(&across, settings, box[3], scale[1], shift[1]))
     mixed = calloc((size_t)width + CHANNELS * across.most + 1, sizeof(float));
-  if (!mixed) TF_SetStatus(status, TF_RESOURCE_EXHAUSTED, "no memory left to resample an image");
+  if (!mixed) TF_SetStatus(call->status, TF_RESOURCE_EXHAUSTED, "no memory left to resample an image");
   for (int y = 0; mixed && y < side; ++y) {
     mix_rows(window + rows.first[y] * pitch, pitch, width, rows.weights + (size_t)y * rows.stride,
              rows.count[y], mixed);
@@ -199,71 +192,62 @@ static void resample(const Settings *settings, const void *const *data, int64_t 
   free(mixed);
 }
 
-static void read_inputs(TF_OpKernelContext *context, const Argument *arguments, int count,
-                        TF_Tensor **inputs, const void **data, TF_Status *status) {
-  for (int i = 0; i < count; ++i) {
-    TF_GetInput(context, i, &inputs[i], status);
-    if (TF_GetCode(status) != TF_OK) return;
-    data[i] = TF_TensorData(inputs[i]);
-    if (arguments[i].elements && TF_TensorElementCount(inputs[i]) != arguments[i].elements) {
-      TF_SetStatus(status, TF_INVALID_ARGUMENT, "an input has another size than the op takes");
-      return;
-    }
-  }
-}
-
-static void *new_output(TF_OpKernelContext *context, int number, TF_DataType type,
-                        const int64_t *shape, int rank, TF_Tensor **outputs, TF_Status *status) {
-  size_t bytes = TF_DataTypeSize(type);
-  for (int i = 0; i < rank; ++i) bytes *= shape[i];
-  if (TF_GetCode(status) != TF_OK) return NULL;
-  outputs[number] = TF_AllocateOutput(context, number, type, shape, rank, bytes, status);
-  return TF_GetCode(status) == TF_OK ? TF_TensorData(outputs[number]) : NULL;
-}
-
-static void finish(TF_OpKernelContext *context, TF_Tensor **inputs, TF_Tensor **outputs,
-                   TF_Status *status) {
-  if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
-  for (int i = 0; i < MOST_INPUTS; ++i) {
-    if (inputs[i]) TF_DeleteTensor(inputs[i]);
-    if (outputs[i]) TF_DeleteTensor(outputs[i]);
-  }
-  TF_DeleteStatus(status);
+// Whether the inputs that both crops have fit together.
+static int fits(Call *call) {
+  if (!fine(call)) return 0;
+  const TF_Tensor *pixels = call->inputs[PIXELS];
+  const int32_t *box = call->data[BOX];
+  if (TF_NumDims(pixels) != 3 || TF_Dim(pixels, 2) != CHANNELS)
+    TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "the image is not [height, width, 3]");
+  else if (box[0] < 0 || box[1] < 0 || box[2] < 1 || box[3] < 1 ||
+           (int64_t)box[0] + box[2] > TF_Dim(pixels, 0) ||
+           (int64_t)box[1] + box[3] > TF_Dim(pixels, 1))
+    TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "the window is not inside the image");
+  return fine(call);
 }
 
 static void compute_crop(void *settings, TF_OpKernelContext *context) {
-  const int64_t side = ((const Settings *)settings)->side, shape[] = {side, side, CHANNELS};
-  TF_Status *status = TF_NewStatus();
-  TF_Tensor *inputs[MOST_INPUTS] = {0}, *outputs[MOST_INPUTS] = {0};
-  const void *data[MOST_INPUTS] = {0};
-  read_inputs(context, CROP_ARGUMENTS, CROP_INPUTS, inputs, data, status);
-  if (TF_GetCode(status) == TF_OK) {
-    const TF_Tensor *pixels = inputs[PIXELS];
-    const int32_t *box = data[BOX];
-    if (TF_NumDims(pixels) != 3 || TF_Dim(pixels, 2) != CHANNELS)
-      TF_SetStatus(status, TF_INVALID_ARGUMENT, "the image is not [height, width, 3]");
-    else if (box[0] < 0 || box[1] < 0 || box[2] < 1 || box[3] < 1 ||
-             (int64_t)box[0] + box[2] > TF_Dim(pixels, 0) ||
-             (int64_t)box[1] + box[3] > TF_Dim(pixels, 1))
-      TF_SetStatus(status, TF_INVALID_ARGUMENT, "the window is not inside the image");
+  const int64_t side = ((const Settings *)settings)->side;
+  Call call = begin(context, CROP);
+  float *out = NULL;
+  if (fits(&call)) out = new_output(&call, 0, TF_FLOAT, (int64_t[]){side, side, CHANNELS}, 3);
+  if (out) resample(settings, &call, out);
+  end(&call);
+}
+
+static void compute_new_images(void *settings, TF_OpKernelContext *context) {
+  const int64_t side = ((const Settings *)settings)->side;
+  Call call = begin(context, NEW_IMAGES);
+  const int64_t count = fine(&call) ? TF_TensorElementCount(call.inputs[0]) : 0;
+  new_output(&call, 0, TF_FLOAT, (int64_t[]){count, side, side, CHANNELS}, 4);
+  end(&call);
+}
+
+// Writes into its input: nobody else may look at that row before, nor write to it.
+static void compute_crop_into(void *settings, TF_OpKernelContext *context) {
+  const int64_t side = ((const Settings *)settings)->side;
+  Call call = begin(context, CROP_INTO);
+  if (fits(&call)) {
+    TF_Tensor *images = call.inputs[IMAGES];
+    const int64_t row = *(const int64_t *)call.data[ROW], size = side * side * CHANNELS;
+    if (row < 0 || (row + 1) * size > TF_TensorElementCount(images))
+      TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the batch has no such row");
+    else
+      resample(settings, &call, (float *)TF_TensorData(images) + row * size);
+    if (fine(&call)) TF_SetOutput(context, 0, images, call.status);
   }
-  float *out = new_output(context, 0, TF_FLOAT, shape, 3, outputs, status);
-  if (out) resample(settings, data, TF_Dim(inputs[PIXELS], 1), out, status);
-  finish(context, inputs, outputs, status);
+  end(&call);
 }
 
 static void compute_window(void *settings_, TF_OpKernelContext *context) {
   const Settings *settings = settings_;
-  TF_Status *status = TF_NewStatus();
-  TF_Tensor *inputs[MOST_INPUTS] = {0}, *outputs[MOST_INPUTS] = {0};
-  const void *data[MOST_INPUTS] = {0};
-  read_inputs(context, WINDOW_ARGUMENTS, WINDOW_INPUTS, inputs, data, status);
-  int32_t *box = new_output(context, 0, TF_INT32, (int64_t[]){4}, 1, outputs, status);
-  float *scale = new_output(context, 1, TF_FLOAT, (int64_t[]){2}, 1, outputs, status);
-  float *shift = new_output(context, 2, TF_FLOAT, (int64_t[]){2}, 1, outputs, status);
+  Call call = begin(context, WINDOW);
+  int32_t *box = new_output(&call, 0, TF_INT32, (int64_t[]){4}, 1);
+  float *scale = new_output(&call, 1, TF_FLOAT, (int64_t[]){2}, 1);
+  float *shift = new_output(&call, 2, TF_FLOAT, (int64_t[]){2}, 1);
   if (shift) {
-    const int32_t *shape = data[SHAPE];
-    const float shorter_side = *(const float *)data[SIDE], *place = data[CORNER];
+    const int32_t *shape = call.data[SHAPE];
+    const float shorter_side = *(const float *)call.data[SIDE], *place = call.data[CORNER];
     const float shortest = shape[0] < shape[1] ? shape[0] : shape[1];
     for (int i = 0; i < 2; ++i) {  // rows, columns
       const float size = shape[i], rescaled = rintf(size * shorter_side / shortest);
@@ -278,7 +262,7 @@ static void compute_window(void *settings_, TF_OpKernelContext *context) {
       shift[i] = first * scale[i] - corner;
     }
   }
-  finish(context, inputs, outputs, status);
+  end(&call);
 }
 
 static void *create(TF_OpKernelConstruction *construction) {
@@ -296,31 +280,21 @@ static void *create(TF_OpKernelConstruction *construction) {
   return settings;
 }
 
-static void infer_shape(TF_ShapeInferenceContext *context, TF_Status *status) {
-  TF_ShapeInferenceContextSetUnknownShape(context, status);
+static const char *const FORM[] = {"side: int", "cubic: bool = false", "margin: float = 0", NULL};
+
+static void register_form(const char *name, const Argument *inputs, const char *const *outputs,
+                          void (*compute)(void *, TF_OpKernelContext *)) {
+  register_op(&(Op){name, inputs, outputs, FORM, create, compute});
 }
 
-static void register_op(const char *name, const Argument *inputs, int count,
-                        const char *const *outputs,
-                        void (*compute)(void *, TF_OpKernelContext *)) {
-  TF_Status *status = TF_NewStatus();
-  TF_OpDefinitionBuilder *op = TF_NewOpDefinitionBuilder(name);
-  for (int i = 0; i < count; ++i) TF_OpDefinitionBuilderAddInput(op, inputs[i].spec);
-  for (; *outputs; ++outputs) TF_OpDefinitionBuilderAddOutput(op, *outputs);
-  TF_OpDefinitionBuilderAddAttr(op, "side: int");
-  TF_OpDefinitionBuilderAddAttr(op, "cubic: bool");
-  TF_OpDefinitionBuilderAddAttr(op, "margin: float = 0");
-  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shape);
-  TF_RegisterOpDefinition(op, status);
-  if (TF_GetCode(status) == TF_OK)
-    TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", create, compute, free), status);
-  TF_DeleteStatus(status);
-}
-
-__attribute__((constructor)) static void register_ops(void) {
-  register_op("VggreproCropWindow", WINDOW_ARGUMENTS, WINDOW_INPUTS,
-              (const char *[]){"box: int32", "scale: float", "shift: float", NULL},
-              compute_window);
-  register_op("VggreproResampledCrop", CROP_ARGUMENTS, CROP_INPUTS,
-              (const char *[]){"crop: float", NULL}, compute_crop);
+__attribute__((constructor)) static void register_crops(void) {
+  register_form("VggreproCropWindow", WINDOW,
+                (const char *[]){"box: int32", "scale: float", "shift: float", NULL},
+                compute_window);
+  register_form("VggreproResampledCrop", CROP, (const char *[]){"crop: float", NULL},
+                compute_crop);
+  register_form("VggreproNewImages", NEW_IMAGES, (const char *[]){"images: float", NULL},
+                compute_new_images);
+  register_form("VggreproCropInto", CROP_INTO, (const char *[]){"cropped: float", NULL},
+                compute_crop_into);
 }

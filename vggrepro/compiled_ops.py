@@ -1,12 +1,14 @@
-"""`compiled_crop.c` as TensorFlow ops, where there is a C compiler.
+"""The C files of `compiled/` as TensorFlow ops, where there is a C compiler.
 
 Compiled once for a source, a TensorFlow and a compiler, in a second, and kept under
 $XDG_CACHE_HOME/vggrepro. Without a compiler, or with one that fails (CC=false turns it
-off), TensorFlow's own ops do the same with the same bits, see `vggrepro.resampling`.
+off), TensorFlow's own ops do the same with the same bits, see `vggrepro.resampling` and
+`vggrepro.example_reader`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shlex
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-_SOURCE = Path(__file__).with_name("compiled_crop.c")
+_SOURCES = Path(__file__).with_name("compiled")
 # Contraction would fuse a product and a sum into one rounding: other bits.
 _FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")
 _PATIENCE = 60  # seconds
@@ -31,12 +33,21 @@ class CompiledOps(NamedTuple):
     Attributes:
       window: (box, scale, shift) of one image, as `resampling.Crop.windows`.
       crop: one crop, as `resampling.Crop.with_tensorflow`.
+      new_images: memory for a batch of crops, not yet written.
+      crop_into: a crop, written into its place in a batch; gives that batch, not a copy.
+      read_records: runs of records of local TFRecord files; None: not on this processor.
+      take_record: one of them, moved out of their tensor; None likewise.
     """
 
     window: Callable[..., Any]
     crop: Callable[..., tf.Tensor]
+    new_images: Callable[..., tf.Tensor]
+    crop_into: Callable[..., tf.Tensor]
+    read_records: Callable[..., tf.Tensor] | None
+    take_record: Callable[..., tf.Tensor] | None
 
 
+@functools.cache
 def load() -> CompiledOps | None:
     """The ops; None: the machine cannot compile or load them."""
     path = library()
@@ -46,7 +57,14 @@ def load() -> CompiledOps | None:
         module = tf.load_op_library(str(path))
     except tf.errors.OpError:
         return None
-    return CompiledOps(module.vggrepro_crop_window, module.vggrepro_resampled_crop)
+    return CompiledOps(
+        module.vggrepro_crop_window,
+        module.vggrepro_resampled_crop,
+        module.vggrepro_new_images,
+        module.vggrepro_crop_into,
+        getattr(module, "vggrepro_read_records", None),
+        getattr(module, "vggrepro_take_record", None),
+    )
 
 
 def library() -> Path | None:
@@ -65,15 +83,16 @@ def _command() -> list[str] | None:
     if not compiler or shutil.which(compiler[0]) is None:
         return None
     return [
-        *(*compiler, *_FLAGS, f"-I{tf.sysconfig.get_include()}", str(_SOURCE)),
+        *(*compiler, *_FLAGS, f"-I{tf.sysconfig.get_include()}", str(_SOURCES / "library.c")),
         *(*tf.sysconfig.get_link_flags(), "-lm"),
     ]
 
 
 def _made(command: list[str]) -> Path:
     """The library that the command makes."""
-    key = "\0".join([*command, tf.__version__, _SOURCE.read_text("utf-8")])
-    name = f"compiled_crop-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    sources = [file.read_text("utf-8") for file in sorted(_SOURCES.iterdir())]
+    key = "\0".join([*command, tf.__version__, *sources])
+    name = f"compiled_ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if not path.exists():
         # Compiled beside and renamed: another process may be at it as well.

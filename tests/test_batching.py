@@ -1,0 +1,110 @@
+"""Batches written in place against batches that TensorFlow stacks."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from jpeg_samples import IMAGENET_COLOUR, pixels, settings
+from shard_samples import build, make_folder
+from tensorflow.python.framework import op_def_registry
+from test_dataset import op_types, same_bits
+
+from vggrepro import compiled_ops, resampling
+from vggrepro.data_source import open_index
+from vggrepro.dataset import EvaluationStream, TrainingStream
+from vggrepro.resampling import BatchRow, Crop, Window
+
+AUGMENTED = settings(
+    scale_min=18, scale_max=24, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR
+)  # fmt: skip
+# What has state, but the same in every run: TensorFlow makes a pipeline with anything else
+# serial under op determinism, which training turns on.
+HARMLESS = {"RangeDataset", "TensorSliceDataset", "TFRecordDatasetV2", "_Retval"}
+ORDERS = [("folder", "full"), ("shards", "full"), ("shards", "window:64"), ("url", "window:64")]
+needs_ops = pytest.mark.skipif(
+    compiled_ops.load() is None, reason="no C compiler here that can make the ops"
+)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = make_folder(tmp_path_factory.mktemp("images"))
+    shards = tmp_path_factory.mktemp("data") / "shards"
+    build(folder, shards)
+    return {"folder": str(folder), "shards": str(shards), "url": f"file://{shards}"}
+
+
+def stream(roots: dict, where: str, order: str, size: int, replicas: int = 1) -> TrainingStream:
+    return TrainingStream(open_index(roots[where], "train"), AUGMENTED, size, 5, order, 0, replicas)
+
+
+@needs_ops
+@pytest.mark.parametrize(("where", "order"), ORDERS)
+@pytest.mark.parametrize(("size", "replicas"), [(1, 1), (7, 1), (8, 1), (30, 1), (20, 2)])
+def test_both_ways_give_the_same_batches(
+    roots: dict, monkeypatch: pytest.MonkeyPatch, where: str, order: str, size: int, replicas: int
+) -> None:
+    """Over the ends of epochs and windows, and pieces of a batch that are not full."""
+    in_place = stream(roots, where, order, size, replicas)
+    steps = max(9, 150 // size)
+    found = list(in_place.stream(3).take(steps))
+    assert "VggreproCropInto" in op_types(in_place.stream(3))
+    monkeypatch.setattr(resampling, "compiled_ops", lambda: None)
+    stacked = stream(roots, where, order, size, replicas).stream(3)
+    assert "VggreproCropInto" not in op_types(stacked)
+    for one, other in zip(found, stacked.take(steps), strict=True):
+        assert same_bits(one, other)
+
+
+@needs_ops
+def test_a_batch_is_not_touched_after_it_was_given(roots: dict) -> None:
+    batches = list(stream(roots, "folder", "full", 4).stream(0).take(3))
+    before = [batch["images"].numpy().copy() for batch in batches]
+    more = list(stream(roots, "folder", "full", 4).stream(0).take(12))
+    assert all(
+        np.array_equal(one, batch["images"]) for one, batch in zip(before, more, strict=False)
+    )
+    assert all(
+        np.array_equal(one, batch["images"]) for one, batch in zip(before, batches, strict=True)
+    )
+
+
+@pytest.mark.parametrize("ops", [pytest.param("compiled", marks=needs_ops), "tensorflow"])
+@pytest.mark.parametrize(("where", "order"), ORDERS)
+def test_op_determinism_leaves_the_pipeline_parallel(
+    roots: dict, monkeypatch: pytest.MonkeyPatch, where: str, order: str, ops: str
+) -> None:
+    if ops == "tensorflow":
+        monkeypatch.setattr(resampling, "compiled_ops", lambda: None)
+    validation = EvaluationStream(open_index(roots[where], "val"), AUGMENTED, 4)
+    for dataset in (stream(roots, where, order, 4).stream(0), validation.dataset()):
+        types = op_types(dataset)
+        assert "ParallelMapDatasetV2" in types
+        known = {name: op_def_registry.get(name) for name in types}
+        assert {name for name, op in known.items() if op and op.is_stateful} <= HARMLESS
+
+
+@needs_ops
+@given(st.integers(1, 5), st.data())
+def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> None:
+    ops = resampling.compiled_ops()
+    assert ops is not None
+    row = data.draw(st.integers(0, count - 1))
+    images = tf.constant(np.full([count, 6, 6, 3], -1.0, np.float32))
+    window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
+    own = tf.constant(pixels(9, 9, seed=row)), window, tf.constant(False), tf.zeros([3])
+    written = Crop(6, "triangle").of(*own, into=BatchRow(images, tf.constant(row, tf.int64)))
+    expected = np.full([count, 6, 6, 3], -1.0, np.float32)
+    expected[row] = Crop(6, "triangle").of(*own)
+    assert np.array_equal(written, expected) and np.array_equal(images, expected)
+
+
+@needs_ops
+@pytest.mark.parametrize("row", [-1, 2])
+def test_a_row_outside_the_batch_is_refused(row: int) -> None:
+    window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
+    own = tf.constant(pixels(9, 9, seed=0)), window, tf.constant(False), tf.zeros([3])
+    into = BatchRow(tf.zeros([2, 6, 6, 3]), tf.constant(row, tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no such row"):
+        Crop(6, "triangle").of(*own, into=into)

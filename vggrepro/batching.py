@@ -1,0 +1,166 @@
+"""Examples made one by one, put together to batches.
+
+Stacked  makes every image by itself, then copies it into its batch: TensorFlow's own ops.
+InPlace  a batch's memory comes first; images are written into their places, a few by every
+         call of the graph, as handing work to a thread takes as long as resampling does.
+         Needs the compiled ops.
+
+Both give the same batches in the same order. They take plans, the rows of a batch: dicts of
+[b, ...]. A window is (its records, string [n]; the places in it that rows take from
+it, int64 [m]; the first of these rows, counted from the first step, int64).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from vggrepro.compiled_ops import CompiledOps
+from vggrepro.graph_functions import as_written
+from vggrepro.resampling import BatchRow
+
+Batch = dict[str, tf.Tensor]
+Rows = dict[str, Any]  # tensors, or what holds tensors, of the same leading dimensions
+# (row, records of its window if any, into=…) -> the image, or the batch that it was written to.
+ImageOf = Callable[..., tf.Tensor]
+
+_PIECE = 8  # rows
+
+
+class Batching(Protocol):
+    """How rows become batches; see the module."""
+
+    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        """The rows of plans, for `batches`."""
+
+    def rows_by_window(self, plans: tf.data.Dataset, windows: tf.data.Dataset) -> tf.data.Dataset:
+        """The same, each with its window's records and the place of its own: row["stored"].
+
+        Rows of plans say where a window begins: bool row["window_begins"].
+        """
+
+    def batches(self, rows: tf.data.Dataset, image: ImageOf) -> tf.data.Dataset:
+        """{"images", "labels", "example_ids"} of as many rows as a plan has."""
+
+
+class Stacked:
+    """As `Batching`, for batches of `size`."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        return plans.unbatch()
+
+    def rows_by_window(self, plans: tf.data.Dataset, windows: tf.data.Dataset) -> tf.data.Dataset:
+        @as_written
+        def taken(records: tf.Tensor, places: tf.Tensor, first: tf.Tensor) -> tf.data.Dataset:
+            return tf.data.Dataset.from_tensor_slices(places).map(
+                as_written(lambda place: (records, place))
+            )
+
+        return _zipped(self.rows(plans), windows.flat_map(taken))
+
+    def batches(self, rows: tf.data.Dataset, image: ImageOf) -> tf.data.Dataset:
+        @as_written
+        def example(row: Rows, *records: tf.Tensor) -> Batch:
+            named = {"labels": row["labels"], "example_ids": row["example_ids"]}
+            return {"images": image(row, *records, into=None), **named}
+
+        return _parallel(rows, example).batch(self._size, drop_remainder=True)
+
+
+class InPlace:
+    """As `Batching`, for batches of `size` images of `side` pixels."""
+
+    def __init__(self, ops: CompiledOps, size: int, side: int) -> None:
+        self._ops = ops
+        self._size = size
+        self._side = side
+
+    def rows(self, plans: tf.data.Dataset) -> tf.data.Dataset:
+        return plans.flat_map(self._pieces)
+
+    def rows_by_window(self, plans: tf.data.Dataset, windows: tf.data.Dataset) -> tf.data.Dataset:
+        @as_written
+        def taken(records: tf.Tensor, places: tf.Tensor, first: tf.Tensor) -> tf.data.Dataset:
+            count = tf.size(places, tf.int64)
+            begins = tf.range(count) == 0
+            return _cut(places, begins, (first + tf.range(count)) % self._size).map(
+                as_written(lambda piece: (records, piece))
+            )
+
+        return _zipped(self.rows(plans), windows.flat_map(taken))
+
+    def batches(self, rows: tf.data.Dataset, image: ImageOf) -> tf.data.Dataset:
+        side = self._side
+
+        @as_written
+        def written(rows: Rows, *records: tf.Tensor) -> tuple[Batch, tf.Tensor]:
+            batch, numbers = rows["batch"], rows["number"]
+            each = {name: rows[name] for name in rows if name != "batch"}
+
+            def write(i: tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                row = tf.nest.map_structure(lambda rows: tf.gather(rows, i), each)
+                into = BatchRow(images, row["number"])
+                return i + 1, tf.ensure_shape(
+                    image(row, *records, into=into), [self._size, side, side, 3]
+                )
+
+            _, images = tf.while_loop(
+                lambda i, images: i < tf.size(numbers),
+                write,
+                (0, batch["images"]),
+                parallel_iterations=1,
+            )
+            return {**batch, "images": images}, tf.equal(numbers[-1], self._size - 1)
+
+        # Pieces come in order: with its last one, all of a batch is written.
+        done = _parallel(rows, written).filter(as_written(lambda batch, last: last))
+        return done.map(as_written(lambda batch, last: batch))
+
+    @as_written
+    def _pieces(self, plan: Rows) -> tf.data.Dataset:
+        size, side = self._size, self._side
+        ids = tf.ensure_shape(plan["example_ids"], [size])
+        images = tf.ensure_shape(self._ops.new_images(ids, side=side), [size, side, side, 3])
+        labels = tf.ensure_shape(plan["labels"], [size])
+        batch = {"images": images, "labels": labels, "example_ids": ids}
+        numbers = tf.range(size, dtype=tf.int64)
+        begins = plan.get("window_begins", tf.zeros([size], tf.bool))
+        rows = {"number": numbers, "stored": plan["stored"], "augmentation": plan["augmentation"]}
+        return _cut(rows, begins, numbers).map(as_written(lambda piece: {**piece, "batch": batch}))
+
+
+def _cut(rows: Any, begins: tf.Tensor, numbers: tf.Tensor) -> tf.data.Dataset:
+    """Rows in pieces: a new one where a window begins, and at every _PIECE rows of a batch.
+
+    Args:
+      rows: nested, [m, ...].
+      begins: where a window begins, bool [m].
+      numbers: of the rows in their batches, int64 [m].
+    """
+    count = tf.size(numbers, tf.int64)
+    firsts = tf.where(begins | (numbers % _PIECE == 0) | (tf.range(count) == 0))[:, 0]
+    ends = tf.concat([firsts[1:], [count]], 0)
+    return tf.data.Dataset.from_tensor_slices((firsts, ends)).map(
+        as_written(lambda first, end: tf.nest.map_structure(lambda x: x[first:end], rows))
+    )
+
+
+def _zipped(rows: tf.data.Dataset, windows: tf.data.Dataset) -> tf.data.Dataset:
+    return tf.data.Dataset.zip((rows, windows)).map(
+        as_written(lambda row, window: ({**row, "stored": (window[1],)}, window[0]))
+    )
+
+
+def threads() -> int:
+    """How many images are made at a time."""
+    return os.cpu_count() or 1
+
+
+def _parallel(rows: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+    return rows.map(function, num_parallel_calls=threads(), deterministic=True)
