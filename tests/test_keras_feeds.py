@@ -67,7 +67,7 @@ def test_a_shuffled_dataset_numbers_no_rows(tmp_path):
     assert name.endswith("of the batch") and found.first_nonfinite.examples[0] < BATCH
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_weights_of_examples_that_are_not_finite_are_the_data(tmp_path, bad):
     x, y = data()
     weights = np.ones(len(x), np.float32)

@@ -469,7 +469,9 @@ def test_a_fault_inside_a_recurrent_loop_has_its_layer_op_and_line(tmp_path):
     assert "new = tf.math.log(x @ self.kernel" in first.source
 
 
-@pytest.mark.parametrize("kind", ["LSTM", pytest.param("SimpleRNN", marks=pytest.mark.slow), "GRU"])
+@pytest.mark.parametrize(
+    "kind", ["LSTM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SimpleRNN", "GRU"))]
+)
 def test_recurrent_layers_clean_and_faulty(tmp_path, kind):
     def build() -> keras.Model:
         layers = [keras.Input((6, 1)), getattr(L, kind)(4, name="memory"), L.Dense(3)]

@@ -152,7 +152,7 @@ def test_what_is_normalised_is_read_now_and_then(tmp_path):
         assert len(changes) > 2
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("value", [pytest.param(np.nan, marks=pytest.mark.slow), np.inf, 1e30])
 def test_what_is_normalised_is_read_where_it_is_not_bounded(tmp_path, value):
     """In the middle between two readings; 1e30 is finite, and shown at the very step."""
 
