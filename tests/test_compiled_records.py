@@ -101,15 +101,26 @@ def test_a_missing_file_is_named(ops: CompiledOps, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offsets", "counts", "complaint"),
-    [([0], [-1], "fewer than no"), ([0, 0], [1], "as many"), ([0], [1, 1], "as many")],
+    ("files", "offsets", "counts", "complaint"),
+    [
+        (1, [0], [-1], "fewer than no"),
+        (1, [0, 0], [1], "as many"),
+        (1, [0], [1, 1], "as many"),
+        (0, 0, 2, "not one record"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(
-    ops: CompiledOps, tmp_path: Path, offsets: list[int], counts: list[int], complaint: str
+    ops: CompiledOps, tmp_path: Path, files: int, offsets: object, counts: object, complaint: str
 ) -> None:
-    file = written(tmp_path / "file", [b"one"])
+    file = written(tmp_path / "file", [b"one", b"two"])
     with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
-        ops.read_records([file], offsets, counts)
+        ops.read_records([file] if files else file, offsets, counts)
+
+
+def test_one_record_is_a_scalar(ops: CompiledOps, tmp_path: Path) -> None:
+    file = written(tmp_path / "file", [b"one", b"two"])
+    found = ops.read_records(file, 3 + OVERHEAD, 1)
+    assert found.shape == () and found.numpy() == b"two"
 
 
 def test_a_record_is_moved_out_of_its_window(ops: CompiledOps) -> None:

@@ -116,7 +116,7 @@ class LocalRecordReader(RecordReader):
 
     def jpeg(self, *stored: tf.Tensor) -> tf.Tensor:
         """As `FileReader.jpeg`."""
-        return tf.reshape(self._read_records(*stored, tf.constant(1, tf.int64)), [])
+        return self._read_records(*stored, tf.constant(1, tf.int64))
 
 
 @as_written

@@ -134,6 +134,7 @@ static void compute_read(void *settings, TF_OpKernelContext *context) {
     const TF_TString *files = call.data[FILE_NAME];
     const int64_t *offsets = call.data[OFFSET], *counts = call.data[COUNT];
     const int64_t runs = TF_TensorElementCount(call.inputs[FILE_NAME]);
+    const int rank = TF_NumDims(call.inputs[FILE_NAME]) ? 1 : 0;  // 0: one record, a scalar
     int64_t total = 0, least = 0;
     if (TF_TensorElementCount(call.inputs[OFFSET]) != runs ||
         TF_TensorElementCount(call.inputs[COUNT]) != runs)
@@ -143,7 +144,8 @@ static void compute_read(void *settings, TF_OpKernelContext *context) {
       if (counts[i] < least) least = counts[i];
     }
     if (least < 0) TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "fewer than no records");
-    TF_TString *records = new_output(&call, 0, TF_STRING, &total, 1);
+    if (!rank && total != 1) TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "not one record");
+    TF_TString *records = new_output(&call, 0, TF_STRING, &total, rank);
     for (int64_t i = 0; records && fine(&call) && i < runs; records += counts[i++])
       open_and_read(&call, &files[i], offsets[i], counts[i], records);
   }
