@@ -221,7 +221,6 @@ def report(console: Console, size: Size, folder: Path, rounds: int) -> None:
 
 def report_storage(console: Console, folder: Path, shards: Path, rounds: int) -> None:
     """The same images as files and as shards."""
-    tf.config.experimental.enable_op_determinism()
     size = SIZES["photographs"]
     storage_cost.build(console, folder, shards, 5_000_000)
     streams = storage_cost.streams(folder, shards, settings(size, "fast"), BATCH)
@@ -258,6 +257,7 @@ def main() -> None:
         for name in ("photographs", "jitter"):
             if options.size in (name, "all"):
                 report(console, SIZES[name], folder, options.rounds)
+        tf.config.experimental.enable_op_determinism()
         if options.size in ("photographs", "all"):
             report_storage(console, folder, Path(temporary) / "shards", options.rounds)
         if options.entries:

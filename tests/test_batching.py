@@ -1,5 +1,8 @@
 """Batches written in place against batches that TensorFlow stacks."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -70,6 +73,31 @@ def test_a_batch_is_not_touched_after_it_was_given(roots: dict) -> None:
     )
 
 
+@needs_ops
+def test_a_batch_with_a_damaged_image_is_not_given_out(roots: dict, tmp_path: Path) -> None:
+    """Not even to somebody who goes on after the error; the next ones are whole."""
+    folder = Path(shutil.copytree(roots["folder"], tmp_path / "copy"))
+    roots = {"folder": str(folder)}
+    sound = stream(roots, "folder", "full", 20)
+    victim = sound.name_of(sound.example_ids(1)[9])  # in the second piece of three
+    broken = [step for step in range(5) if victim in map(sound.name_of, sound.example_ids(step))]
+    whole = {step: sound.batch(step) for step in range(5) if step not in broken}
+    (folder / victim).write_bytes((folder / victim).read_bytes()[:100])
+    batches = iter(stream(roots, "folder", "full", 20).stream(0))
+    found = []
+    for _ in range(5):
+        try:
+            found.append(next(batches))
+        except tf.errors.InvalidArgumentError:
+            assert broken
+    for one in found:
+        step = next(
+            s for s in range(9) if sound.example_ids(s) == one["example_ids"].numpy().tolist()
+        )
+        assert step not in broken and (step not in whole or same_bits(one, whole[step]))
+    assert len(found) < 5
+
+
 @pytest.mark.parametrize("ops", [pytest.param("compiled", marks=needs_ops), "tensorflow"])
 @pytest.mark.parametrize(("where", "order"), ORDERS)
 def test_op_determinism_leaves_the_pipeline_parallel(
@@ -101,10 +129,19 @@ def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> 
 
 
 @needs_ops
-@pytest.mark.parametrize("row", [-1, 2])
-def test_a_row_outside_the_batch_is_refused(row: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "row", "complaint"),
+    [
+        ([2, 6, 6, 3], -1, "no such row"),
+        ([2, 6, 6, 3], 2, "no such row"),
+        ([2, 6, 6, 3], 2**62, "no such row"),
+        ([2, 7, 6, 3], 0, "batch is not"),
+        ([6, 6, 3], 0, "batch is not"),
+    ],
+)
+def test_a_row_outside_the_batch_is_refused(shape: list[int], row: int, complaint: str) -> None:
     window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
     own = tf.constant(pixels(9, 9, seed=0)), window, tf.constant(False), tf.zeros([3])
-    into = BatchRow(tf.zeros([2, 6, 6, 3]), tf.constant(row, tf.int64))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="no such row"):
+    into = BatchRow(tf.zeros(shape), tf.constant(row, tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
         Crop(6, "triangle").of(*own, into=into)

@@ -103,7 +103,8 @@ def test_a_missing_file_is_named(ops: CompiledOps, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "offsets", "counts", "complaint"),
     [
-        (1, [0], [-1], "fewer than no"),
+        (1, [0], [-1], "no such number"),
+        (2, [0, 0], [2**62, 2**62], "no such number"),
         (1, [0, 0], [1], "as many"),
         (1, [0], [1, 1], "as many"),
         (0, 0, 2, "not one record"),
@@ -114,7 +115,7 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     file = written(tmp_path / "file", [b"one", b"two"])
     with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
-        ops.read_records([file] if files else file, offsets, counts)
+        ops.read_records([file] * files if files else file, offsets, counts)
 
 
 def test_one_record_is_a_scalar(ops: CompiledOps, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The compiled crop against TensorFlow's ops, and life without a compiler."""
 
 import os
+import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +43,10 @@ def window(box: list[int], scale: tuple[float, float], shift: tuple[float, float
 def test_gcc_compiles_it() -> None:
     """Without this the tests below could all be skipped unnoticed."""
     assert compiled_ops.library() is not None
+    ops = compiled_ops.load()
+    assert ops is not None
+    if platform.machine() == "x86_64" and "sse4_2" in Path("/proc/cpuinfo").read_text():
+        assert ops.read_records is not None and ops.take_record is not None
 
 
 @needs_ops

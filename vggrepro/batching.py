@@ -99,7 +99,7 @@ class InPlace:
         side = self._side
 
         @as_written
-        def written(rows: Rows, *records: tf.Tensor) -> tuple[Batch, tf.Tensor]:
+        def written(rows: Rows, *records: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
             batch, numbers = rows["batch"], rows["number"]
             each = {name: rows[name] for name in rows if name != "batch"}
 
@@ -116,11 +116,20 @@ class InPlace:
                 (0, batch["images"]),
                 parallel_iterations=1,
             )
-            return {**batch, "images": images}, tf.equal(numbers[-1], self._size - 1)
+            return {**batch, "images": images}, numbers[0], numbers[-1] + 1
 
-        # Pieces come in order: with its last one, all of a batch is written.
-        done = _parallel(rows, written).filter(as_written(lambda batch, last: last))
-        return done.map(as_written(lambda batch, last: batch))
+        @as_written
+        def counted(
+            rows_done: tf.Tensor, piece: tuple[Batch, tf.Tensor, tf.Tensor]
+        ) -> tuple[tf.Tensor, tuple[Batch, tf.Tensor]]:
+            batch, first, end = piece
+            rows_done = tf.where((first == 0) | (first == rows_done), end, -1)
+            return rows_done, (batch, tf.equal(rows_done, self._size))
+
+        # Pieces come in order. After one that failed, the rest of its batch is not given out.
+        pieces = _parallel(rows, written).scan(tf.constant(0, tf.int64), counted)
+        whole = pieces.filter(as_written(lambda batch, whole: whole))
+        return whole.map(as_written(lambda batch, whole: batch))
 
     @as_written
     def _pieces(self, plan: Rows) -> tf.data.Dataset:

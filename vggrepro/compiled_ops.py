@@ -28,15 +28,18 @@ _PATIENCE = 60  # seconds
 
 
 class CompiledOps(NamedTuple):
-    """What the library holds; the arguments are described where they are used.
+    """What the library holds.
 
     Attributes:
       window: (box, scale, shift) of one image, as `resampling.Crop.windows`.
       crop: one crop, as `resampling.Crop.with_tensorflow`.
-      new_images: memory for a batch of crops, not yet written.
-      crop_into: a crop, written into its place in a batch; gives that batch, not a copy.
-      read_records: runs of records of local TFRecord files; None: not on this processor.
-      take_record: one of them, moved out of their tensor; None likewise.
+      new_images: (int64 [n], side=) -> float32 [n, side, side, 3], not yet written.
+      crop_into: what `crop` takes, a batch as above and a row (int64): writes into that row,
+        and gives the batch, not a copy.
+      read_records: (files, offsets, counts), string and int64 [m]: runs of consecutive records
+        of local TFRecord files, string [sum of counts]; of scalars one record, a scalar.
+        Raises DataLossError where one is damaged. None: not on this processor.
+      take_record: (string [n], place) -> that one, moved out of them; None likewise.
     """
 
     window: Callable[..., Any]
@@ -55,16 +58,16 @@ def load() -> CompiledOps | None:
         return None
     try:
         module = tf.load_op_library(str(path))
-    except tf.errors.OpError:
+        return CompiledOps(
+            module.vggrepro_crop_window,
+            module.vggrepro_resampled_crop,
+            module.vggrepro_new_images,
+            module.vggrepro_crop_into,
+            getattr(module, "vggrepro_read_records", None),
+            getattr(module, "vggrepro_take_record", None),
+        )
+    except (tf.errors.OpError, AttributeError):  # AttributeError: an op could not be registered
         return None
-    return CompiledOps(
-        module.vggrepro_crop_window,
-        module.vggrepro_resampled_crop,
-        module.vggrepro_new_images,
-        module.vggrepro_crop_into,
-        getattr(module, "vggrepro_read_records", None),
-        getattr(module, "vggrepro_take_record", None),
-    )
 
 
 def library() -> Path | None:
@@ -90,7 +93,7 @@ def _command() -> list[str] | None:
 
 def _made(command: list[str]) -> Path:
     """The library that the command makes."""
-    sources = [file.read_text("utf-8") for file in sorted(_SOURCES.iterdir())]
+    sources = [file.read_text("utf-8") for file in sorted(_SOURCES.glob("*.[ch]"))]
     key = "\0".join([*command, tf.__version__, *sources])
     name = f"compiled_ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path = _cache() / name

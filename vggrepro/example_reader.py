@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
-from vggrepro import compiled_ops
-from vggrepro.batching import Rows
+from vggrepro import resampling
+from vggrepro.batching import Rows, threads
 from vggrepro.compiled_ops import CompiledOps
 from vggrepro.example_index import ExampleIndex, RecordTable
 from vggrepro.graph_functions import as_written
@@ -88,11 +87,10 @@ class RecordReader:
         that reads records serial; interleaved record datasets it leaves parallel. A plan is
         read by one thread and handed over whole: record by record costs more than reading.
         """
-        threads = os.cpu_count() or 1
         return plans.interleave(
             _rows_with_records,
-            cycle_length=threads,
-            num_parallel_calls=threads,
+            cycle_length=threads(),
+            num_parallel_calls=threads(),
             deterministic=True,
         )
 
@@ -139,7 +137,7 @@ def example_reader(index: ExampleIndex) -> FileReader | RecordReader:
     """The reader of whatever the examples are stored in."""
     if index.records is None:
         return FileReader(index)
-    ops = None if is_url(index.root) else compiled_ops.load()
+    ops = None if is_url(index.root) else resampling.compiled_ops()
     if ops is None or ops.read_records is None:
         return RecordReader(index, index.records)
     return LocalRecordReader(index, index.records, ops)

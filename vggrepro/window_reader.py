@@ -1,7 +1,7 @@
 """The records of a window order, read as a few long runs instead of one by one.
 
 A window's bytes are in memory while it is being used, and the next one's while it is
-being read: twice the window times the size of an image. An example's bytes are copied out of
+being read: twice the window times the size of an image. An example's bytes are taken out of
 its window only where they are decoded.
 """
 
@@ -87,7 +87,7 @@ class _Runs:
         """One element: the records of the pieces, string [size]."""
         if self._read_records is not None:
             return tf.data.Dataset.range(1).map(as_written(lambda one: self._read_records(*pieces)))
-        records = tf.data.Dataset.from_tensor_slices(pieces).flat_map(_read)
+        records = tf.data.Dataset.from_tensor_slices(pieces).flat_map(_run)
         whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
         return records.apply(whole).batch(size, drop_remainder=True)
 
@@ -106,5 +106,5 @@ class _Runs:
 
 
 @as_written
-def _read(file: tf.Tensor, offset: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+def _run(file: tf.Tensor, offset: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
     return record_dataset(file, offset, _BUFFER).take(count)

@@ -1,6 +1,6 @@
 // TensorFlow ops: the window of an image that a crop of the rescaled image reaches, and the crop
 // made of it, in one pass: resampled rows first, then columns, flipped, a colour added. Also
-// into its place in a batch: copying crops into batches takes as long as a third of a JPEG.
+// into its place in a batch, which spares a copy.
 //
 // The bits are those of vggrepro/resampling.py and of TensorFlow's ScaleAndTranslate with
 // antialias=True, because every product is rounded before it is added (-ffp-contract=off) and
@@ -35,7 +35,7 @@ static const Argument WINDOW[] = {
 static const Argument CROP[] = {CROP_INPUTS, {NULL, 0}};
 static const Argument CROP_INTO[] = {
     CROP_INPUTS, {"images: float", 0}, {"row: int64", 1}, {NULL, 0}};
-static const Argument NEW_IMAGES[] = {{"one_each: int64", 0}, {NULL, 0}};
+static const Argument NEW_IMAGES[] = {{"like: int64", 0}, {NULL, 0}};
 
 typedef float Pixel __attribute__((vector_size(16)));  // three channels and one lane to spare
 
@@ -181,7 +181,8 @@ static void resample(const Settings *settings, const Call *call, float *out) {
   if (make_taps(&rows, settings, box[2], scale[0], shift[0]) &&
       make_taps(&across, settings, box[3], scale[1], shift[1]))
     mixed = calloc((size_t)width + CHANNELS * across.most + 1, sizeof(float));
-  if (!mixed) TF_SetStatus(call->status, TF_RESOURCE_EXHAUSTED, "no memory left to resample an image");
+  if (!mixed)
+    TF_SetStatus(call->status, TF_RESOURCE_EXHAUSTED, "no memory left to resample an image");
   for (int y = 0; mixed && y < side; ++y) {
     mix_rows(window + rows.first[y] * pitch, pitch, width, rows.weights + (size_t)y * rows.stride,
              rows.count[y], mixed);
@@ -230,7 +231,10 @@ static void compute_crop_into(void *settings, TF_OpKernelContext *context) {
   if (fits(&call)) {
     TF_Tensor *images = call.inputs[IMAGES];
     const int64_t row = *(const int64_t *)call.data[ROW], size = side * side * CHANNELS;
-    if (row < 0 || (row + 1) * size > TF_TensorElementCount(images))
+    if (TF_NumDims(images) != 4 || TF_Dim(images, 1) != side || TF_Dim(images, 2) != side ||
+        TF_Dim(images, 3) != CHANNELS)
+      TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the batch is not [rows, side, side, 3]");
+    else if (row < 0 || row >= TF_Dim(images, 0))
       TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the batch has no such row");
     else
       resample(settings, &call, (float *)TF_TensorData(images) + row * size);
@@ -293,6 +297,8 @@ __attribute__((constructor)) static void register_crops(void) {
                 compute_window);
   register_form("VggreproResampledCrop", CROP, (const char *[]){"crop: float", NULL},
                 compute_crop);
+  // Not stateful: op determinism would make a pipeline with state serial. So nothing keeps
+  // TensorFlow from folding constants: what these two take must not be constant.
   register_form("VggreproNewImages", NEW_IMAGES, (const char *[]){"images: float", NULL},
                 compute_new_images);
   register_form("VggreproCropInto", CROP_INTO, (const char *[]){"cropped: float", NULL},

@@ -70,15 +70,16 @@ static int matches(const unsigned char *data, size_t size) {
   return stored == checksum(data, size);
 }
 
-// Whether `size` bytes from `offset` on could be read.
-static int read_whole(int descriptor, void *to, size_t size, int64_t offset) {
+// What kept `size` bytes from being read, else NULL.
+static const char *read_whole(int descriptor, void *to, size_t size, int64_t offset) {
   for (char *at = to; size;) {
     const ssize_t got = pread(descriptor, at, size, offset);
     if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return 0;
+    if (got < 0) return strerror(errno);
+    if (got == 0) return "the file ends before its end";
     at += got, offset += got, size -= got;
   }
-  return 1;
+  return NULL;
 }
 
 // What is wrong with the record at `*offset`, else NULL; moves on to the next record.
@@ -86,14 +87,14 @@ static const char *read_record(int descriptor, int64_t *offset, int64_t file_siz
                                TF_TString *record) {
   unsigned char header[HEADER];
   uint64_t size;
-  if (!read_whole(descriptor, header, HEADER, *offset)) return "the file ends before it";
+  const char *fault = read_whole(descriptor, header, HEADER, *offset);
+  if (fault) return fault;
   if (!matches(header, sizeof size)) return "its length is damaged";
   memcpy(&size, header, sizeof size);
   *offset += HEADER;
-  if (size > (uint64_t)(file_size - *offset)) return "the file ends in the middle of it";
+  if (size > (uint64_t)(file_size - *offset)) return "the file ends before its end";
   char *data = TF_TString_ResizeUninitialized(record, size + CHECKSUM);
-  if (!read_whole(descriptor, data, size + CHECKSUM, *offset))
-    return "the file ends in the middle of it";
+  if ((fault = read_whole(descriptor, data, size + CHECKSUM, *offset))) return fault;
   if (!matches((unsigned char *)data, size)) return "its data is damaged";
   TF_TString_ResizeUninitialized(record, size);
   *offset += size + CHECKSUM;
@@ -108,7 +109,7 @@ static void read_run(int descriptor, Call *call, const char *name, int64_t offse
     const char *fault = read_record(descriptor, &offset, file_size, &records[i]);
     if (!fault) continue;
     char message[512];
-    snprintf(message, sizeof message, "%s: record at byte %lld: %s", name, (long long)start, fault);
+    snprintf(message, sizeof message, "record at byte %lld: %s: %s", (long long)start, fault, name);
     TF_SetStatus(call->status, TF_DATA_LOSS, message);
     return;
   }
@@ -135,15 +136,14 @@ static void compute_read(void *settings, TF_OpKernelContext *context) {
     const int64_t *offsets = call.data[OFFSET], *counts = call.data[COUNT];
     const int64_t runs = TF_TensorElementCount(call.inputs[FILE_NAME]);
     const int rank = TF_NumDims(call.inputs[FILE_NAME]) ? 1 : 0;  // 0: one record, a scalar
-    int64_t total = 0, least = 0;
+    int64_t total = 0;
     if (TF_TensorElementCount(call.inputs[OFFSET]) != runs ||
         TF_TensorElementCount(call.inputs[COUNT]) != runs)
       TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "not as many files, offsets and counts");
     for (int64_t i = 0; fine(&call) && i < runs; ++i) {
-      total += counts[i];
-      if (counts[i] < least) least = counts[i];
+      if (counts[i] < 0 || __builtin_add_overflow(total, counts[i], &total))
+        TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "no such number of records");
     }
-    if (least < 0) TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "fewer than no records");
     if (!rank && total != 1) TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "not one record");
     TF_TString *records = new_output(&call, 0, TF_STRING, &total, rank);
     for (int64_t i = 0; records && fine(&call) && i < runs; records += counts[i++])
@@ -152,7 +152,8 @@ static void compute_read(void *settings, TF_OpKernelContext *context) {
   end(&call);
 }
 
-// Moves a record out of its input, which is left without it: nobody else may ask for the same.
+// Moves a record out of its input, which is left without it unless it is a few bytes: nobody else
+// may ask for the same.
 static void compute_take(void *settings, TF_OpKernelContext *context) {
   (void)settings;
   Call call = begin(context, TAKE_INPUTS);
