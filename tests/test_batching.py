@@ -120,12 +120,14 @@ def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> 
     assert ops is not None
     row = data.draw(st.integers(0, count - 1))
     images = tf.constant(np.full([count, 6, 6, 3], -1.0, np.float32))
+    _, written = ops.new_images(tf.zeros([0], tf.int64), side=6)  # a constant's 0 is shared by all
     window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
     own = tf.constant(pixels(9, 9, seed=row)), window, tf.constant(False), tf.zeros([3])
-    written = Crop(6, "triangle").of(*own, into=BatchRow(images, tf.constant(row, tf.int64)))
+    found = Crop(6, "triangle").of(*own, into=BatchRow(images, written, tf.constant(row, tf.int64)))
     expected = np.full([count, 6, 6, 3], -1.0, np.float32)
     expected[row] = Crop(6, "triangle").of(*own)
-    assert np.array_equal(written, expected) and np.array_equal(images, expected)
+    assert np.array_equal(found, expected) and np.array_equal(images, expected)
+    assert written == 1
 
 
 @needs_ops
@@ -142,6 +144,6 @@ def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> 
 def test_a_row_outside_the_batch_is_refused(shape: list[int], row: int, complaint: str) -> None:
     window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
     own = tf.constant(pixels(9, 9, seed=0)), window, tf.constant(False), tf.zeros([3])
-    into = BatchRow(tf.zeros(shape), tf.constant(row, tf.int64))
+    into = BatchRow(tf.zeros(shape), tf.constant([0], tf.int64), tf.constant(row, tf.int64))
     with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
         Crop(6, "triangle").of(*own, into=into)

@@ -28,6 +28,7 @@ Rows = dict[str, Any]  # tensors, or what holds tensors, of the same leading dim
 ImageOf = Callable[..., tf.Tensor]
 
 _PIECE = 8  # rows
+_BATCH = ("images", "labels", "example_ids")
 
 
 class Batching(Protocol):
@@ -99,13 +100,13 @@ class InPlace:
         side = self._side
 
         @as_written
-        def written(rows: Rows, *records: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
+        def written(rows: Rows, *records: tf.Tensor) -> tuple[Batch, tf.Tensor]:
             batch, numbers = rows["batch"], rows["number"]
             each = {name: rows[name] for name in rows if name != "batch"}
 
             def write(i: tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 row = tf.nest.map_structure(lambda rows: tf.gather(rows, i), each)
-                into = BatchRow(images, row["number"])
+                into = BatchRow(images, batch["written"], row["number"])
                 return i + 1, tf.ensure_shape(
                     image(row, *records, into=into), [self._size, side, side, 3]
                 )
@@ -116,28 +117,26 @@ class InPlace:
                 (0, batch["images"]),
                 parallel_iterations=1,
             )
-            return {**batch, "images": images}, numbers[0], numbers[-1] + 1
+            return {**batch, "images": images}, tf.equal(numbers[-1], self._size - 1)
 
-        @as_written
-        def counted(
-            rows_done: tf.Tensor, piece: tuple[Batch, tf.Tensor, tf.Tensor]
-        ) -> tuple[tf.Tensor, tuple[Batch, tf.Tensor]]:
-            batch, first, end = piece
-            rows_done = tf.where((first == 0) | (first == rows_done), end, -1)
-            return rows_done, (batch, tf.equal(rows_done, self._size))
-
-        # Pieces come in order. After one that failed, the rest of its batch is not given out.
-        pieces = _parallel(rows, written).scan(tf.constant(0, tf.int64), counted)
-        whole = pieces.filter(as_written(lambda batch, whole: whole))
-        return whole.map(as_written(lambda batch, whole: batch))
+        # Pieces come in order: the last one is the time to look whether all rows are written.
+        pieces = _parallel(rows, written).filter(as_written(lambda batch, last: last))
+        batches = pieces.map(as_written(lambda batch, last: batch))
+        # They are not where an image was damaged and somebody goes on after that error.
+        whole = batches.filter(as_written(lambda batch: tf.equal(batch["written"], self._size)))
+        return whole.map(as_written(lambda batch: {name: batch[name] for name in _BATCH}))
 
     @as_written
     def _pieces(self, plan: Rows) -> tf.data.Dataset:
         size, side = self._size, self._side
         ids = tf.ensure_shape(plan["example_ids"], [size])
-        images = tf.ensure_shape(self._ops.new_images(ids, side=side), [size, side, side, 3])
-        labels = tf.ensure_shape(plan["labels"], [size])
-        batch = {"images": images, "labels": labels, "example_ids": ids}
+        images, written = self._ops.new_images(ids, side=side)
+        batch = {
+            "images": tf.ensure_shape(images, [size, side, side, 3]),
+            "labels": tf.ensure_shape(plan["labels"], [size]),
+            "example_ids": ids,
+            "written": written,
+        }
         numbers = tf.range(size, dtype=tf.int64)
         begins = plan.get("window_begins", tf.zeros([size], tf.bool))
         rows = {"number": numbers, "stored": plan["stored"], "augmentation": plan["augmentation"]}

@@ -33,9 +33,10 @@ class CompiledOps(NamedTuple):
     Attributes:
       window: (box, scale, shift) of one image, as `resampling.Crop.windows`.
       crop: one crop, as `resampling.Crop.with_tensorflow`.
-      new_images: (int64 [n], side=) -> float32 [n, side, side, 3], not yet written.
-      crop_into: what `crop` takes, a batch as above and a row (int64): writes into that row,
-        and gives the batch, not a copy.
+      new_images: (int64 [n], side=) -> a batch, float32 [n, side, side, 3], not yet written, and
+        how many of its rows are, int64.
+      crop_into: what `crop` takes, these two and a row (int64): writes and counts that row, and
+        gives the batch, not a copy.
       read_records: (files, offsets, counts), string and int64 [m]: runs of consecutive records
         of local TFRecord files, string [sum of counts]; of scalars one record, a scalar.
         Raises DataLossError where one is damaged. None: not on this processor.
@@ -44,7 +45,7 @@ class CompiledOps(NamedTuple):
 
     window: Callable[..., Any]
     crop: Callable[..., tf.Tensor]
-    new_images: Callable[..., tf.Tensor]
+    new_images: Callable[..., Any]
     crop_into: Callable[..., tf.Tensor]
     read_records: Callable[..., tf.Tensor] | None
     take_record: Callable[..., tf.Tensor] | None

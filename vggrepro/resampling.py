@@ -46,10 +46,12 @@ class BatchRow(NamedTuple):
 
     Attributes:
       images: float32 [b, side, side, 3], made by the compiled op, not yet read by anybody.
+      written: how many rows are, int64 scalar, made with them.
       number: the row, int64 scalar.
     """
 
     images: tf.Tensor
+    written: tf.Tensor
     number: tf.Tensor
 
 

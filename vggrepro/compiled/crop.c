@@ -24,7 +24,7 @@
 
 enum { CHANNELS = 3 };
 enum { SHAPE, SIDE, CORNER };
-enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, IMAGES, ROW };
+enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, IMAGES, WRITTEN, ROW };
 
 #define CROP_INPUTS                                                                   \
   {"pixels: uint8", 0}, {"box: int32", 4}, {"scale: float", 2}, {"shift: float", 2}, \
@@ -34,7 +34,7 @@ static const Argument WINDOW[] = {
     {"shape: int32", 3}, {"shorter_side: float", 1}, {"corner: float", 2}, {NULL, 0}};
 static const Argument CROP[] = {CROP_INPUTS, {NULL, 0}};
 static const Argument CROP_INTO[] = {
-    CROP_INPUTS, {"images: float", 0}, {"row: int64", 1}, {NULL, 0}};
+    CROP_INPUTS, {"images: float", 0}, {"written: int64", 1}, {"row: int64", 1}, {NULL, 0}};
 static const Argument NEW_IMAGES[] = {{"like: int64", 0}, {NULL, 0}};
 
 typedef float Pixel __attribute__((vector_size(16)));  // three channels and one lane to spare
@@ -221,10 +221,13 @@ static void compute_new_images(void *settings, TF_OpKernelContext *context) {
   Call call = begin(context, NEW_IMAGES);
   const int64_t count = fine(&call) ? TF_TensorElementCount(call.inputs[0]) : 0;
   new_output(&call, 0, TF_FLOAT, (int64_t[]){count, side, side, CHANNELS}, 4);
+  int64_t *written = new_output(&call, 1, TF_INT64, NULL, 0);
+  if (written) *written = 0;
   end(&call);
 }
 
-// Writes into its input: nobody else may look at that row before, nor write to it.
+// Writes into its input, and counts what is written: nobody else may look at that row before, nor
+// write to it.
 static void compute_crop_into(void *settings, TF_OpKernelContext *context) {
   const int64_t side = ((const Settings *)settings)->side;
   Call call = begin(context, CROP_INTO);
@@ -238,6 +241,7 @@ static void compute_crop_into(void *settings, TF_OpKernelContext *context) {
       TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the batch has no such row");
     else
       resample(settings, &call, (float *)TF_TensorData(images) + row * size);
+    if (fine(&call)) __atomic_fetch_add((int64_t *)call.data[WRITTEN], 1, __ATOMIC_RELEASE);
     if (fine(&call)) TF_SetOutput(context, 0, images, call.status);
   }
   end(&call);
@@ -299,8 +303,8 @@ __attribute__((constructor)) static void register_crops(void) {
                 compute_crop);
   // Not stateful: op determinism would make a pipeline with state serial. So nothing keeps
   // TensorFlow from folding constants: what these two take must not be constant.
-  register_form("VggreproNewImages", NEW_IMAGES, (const char *[]){"images: float", NULL},
-                compute_new_images);
+  register_form("VggreproNewImages", NEW_IMAGES,
+                (const char *[]){"images: float", "written: int64", NULL}, compute_new_images);
   register_form("VggreproCropInto", CROP_INTO, (const char *[]){"cropped: float", NULL},
                 compute_crop_into);
 }

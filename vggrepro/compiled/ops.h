@@ -14,7 +14,7 @@ typedef struct TF_DimensionHandle TF_DimensionHandle;
 #include "tensorflow/c/ops.h"
 #include "tensorflow/c/tf_tensor.h"
 
-enum { MOST_ARGUMENTS = 8 };
+enum { MOST_ARGUMENTS = 9 };
 
 // An input: its specification, and its elements (0: any number).
 typedef struct {
