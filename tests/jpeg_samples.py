@@ -35,6 +35,11 @@ def settings(image_size: int = 16, side: int = 20, **changes: object) -> Preproc
     return Preprocessing(**{**values, **changes})
 
 
+AUGMENTED = settings(
+    scale_min=18, scale_max=24, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR
+)  # fmt: skip
+
+
 def augmented(preprocessing: Preprocessing, data: bytes, seed: Sequence[int]) -> tf.Tensor:
     """The training crop of one file, its size taken from its header."""
     augmentation = preprocessing.augmentation(tf.constant([seed], tf.int64), None)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from jpeg_samples import IMAGENET_COLOUR, pixels, settings
+from jpeg_samples import AUGMENTED, pixels
 from shard_samples import build, make_folder
 from tensorflow.python.framework import op_def_registry
 from test_dataset import op_types, same_bits
@@ -18,11 +18,8 @@ from vggrepro.data_source import open_index
 from vggrepro.dataset import EvaluationStream, TrainingStream
 from vggrepro.resampling import BatchRow, Crop, Window
 
-AUGMENTED = settings(
-    scale_min=18, scale_max=24, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR
-)  # fmt: skip
-# What has state, but the same in every run: TensorFlow makes a pipeline with anything else
-# serial under op determinism, which training turns on.
+# What has state, but the same in every run: with anything else in a function of it, TensorFlow
+# makes a pipeline serial under op determinism, which training turns on.
 HARMLESS = {"RangeDataset", "TensorSliceDataset", "TFRecordDatasetV2", "_Retval"}
 ORDERS = [("folder", "full"), ("shards", "full"), ("shards", "window:64"), ("url", "window:64")]
 needs_ops = pytest.mark.skipif(
@@ -113,6 +110,12 @@ def test_op_determinism_leaves_the_pipeline_parallel(
         assert {name for name, op in known.items() if op and op.is_stateful} <= HARMLESS
 
 
+def crop_inputs(seed: int) -> tuple:
+    """An image of 9 x 9 pixels, all of which is the window, not rescaled, flipped or coloured."""
+    window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
+    return tf.constant(pixels(9, 9, seed)), window, tf.constant(False), tf.zeros([3])
+
+
 @needs_ops
 @given(st.integers(1, 5), st.data())
 def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> None:
@@ -121,8 +124,7 @@ def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> 
     row = data.draw(st.integers(0, count - 1))
     images = tf.constant(np.full([count, 6, 6, 3], -1.0, np.float32))
     _, written = ops.new_images(tf.zeros([0], tf.int64), side=6)  # a constant's 0 is shared by all
-    window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
-    own = tf.constant(pixels(9, 9, seed=row)), window, tf.constant(False), tf.zeros([3])
+    own = crop_inputs(seed=row)
     found = Crop(6, "triangle").of(*own, into=BatchRow(images, written, tf.constant(row, tf.int64)))
     expected = np.full([count, 6, 6, 3], -1.0, np.float32)
     expected[row] = Crop(6, "triangle").of(*own)
@@ -142,8 +144,6 @@ def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> 
     ],
 )
 def test_a_row_outside_the_batch_is_refused(shape: list[int], row: int, complaint: str) -> None:
-    window = Window(tf.constant([0, 0, 9, 9]), tf.constant([1.0, 1.0]), tf.constant([0.0, 0.0]))
-    own = tf.constant(pixels(9, 9, seed=0)), window, tf.constant(False), tf.zeros([3])
     into = BatchRow(tf.zeros(shape), tf.constant([0], tf.int64), tf.constant(row, tf.int64))
     with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
-        Crop(6, "triangle").of(*own, into=into)
+        Crop(6, "triangle").of(*crop_inputs(seed=0), into=into)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ops() -> CompiledOps:
     found = loaded()
     assert found is not None
@@ -45,13 +45,14 @@ def records(draw: st.DrawFn) -> list[bytes]:
     return [random.bytes(size) for size in draw(st.lists(sizes, min_size=1, max_size=5))]
 
 
-@given(records(), st.data())
+@given(content=records(), data=st.data())
 def test_any_run_of_records_is_read(
-    tmp_path_factory: pytest.TempPathFactory, content: list[bytes], data: st.DataObject
+    ops: CompiledOps,
+    tmp_path_factory: pytest.TempPathFactory,
+    content: list[bytes],
+    data: st.DataObject,
 ) -> None:
     """From any of several files, from any record on, any number of them."""
-    ops = loaded()
-    assert ops is not None
     file = written(tmp_path_factory.mktemp("records") / "file", content)
     runs = data.draw(
         st.lists(
@@ -72,12 +73,13 @@ def test_any_run_of_records_is_read(
     ]
 
 
-@given(records(), st.data())
+@given(content=records(), data=st.data())
 def test_any_changed_byte_is_an_error(
-    tmp_path_factory: pytest.TempPathFactory, content: list[bytes], data: st.DataObject
+    ops: CompiledOps,
+    tmp_path_factory: pytest.TempPathFactory,
+    content: list[bytes],
+    data: st.DataObject,
 ) -> None:
-    ops = loaded()
-    assert ops is not None
     file = Path(written(tmp_path_factory.mktemp("records") / "file", content))
     whole = bytearray(file.read_bytes())
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))

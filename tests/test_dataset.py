@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from jpeg_samples import IMAGENET_COLOUR, augmented, jpeg, pixels, settings
+from jpeg_samples import AUGMENTED, augmented, jpeg, pixels, settings
 from tensorflow.python.autograph.impl import api as autograph
 
 from diagnostics.errors import InputError
@@ -22,9 +22,6 @@ from vggrepro.order import shuffled
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
 from vggrepro.synthetic import ensure_synthetic
 
-AUGMENTED = settings(
-    scale_min=18, scale_max=24, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR
-)  # fmt: skip
 PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "GeneratorDataset"}
 
 

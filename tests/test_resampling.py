@@ -118,15 +118,9 @@ def test_the_op_refuses_what_it_would_misread(fault: dict, complaint: str) -> No
 def no_op_yet(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """As in a new process of a user who never compiled it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    forget()
-    yield tmp_path
-    forget()
-
-
-def forget() -> None:
-    """What this process knows of the ops."""
     resampling._tried_ops.cache_clear()
-    compiled_ops.load.cache_clear()
+    yield tmp_path
+    resampling._tried_ops.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["", "false", "no-such-compiler"])

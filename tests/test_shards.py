@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from jpeg_samples import IMAGENET_COLOUR, settings
+from jpeg_samples import AUGMENTED, settings
 from safetensors.numpy import save
 from shard_samples import build, make_folder
 from test_dataset import PYTHON_OPS, op_types, same_bits
@@ -25,9 +25,6 @@ from vggrepro.shard_check import check_shards
 from vggrepro.shards import PathTable, read_table
 from vggrepro.statistics import ColourStatistics, training_statistics
 
-AUGMENTED = settings(
-    scale_min=18, scale_max=24, flip=True, colour_shift=0.1, colour_components=IMAGENET_COLOUR
-)  # fmt: skip
 RECORD_BATCH = 11
 
 

@@ -12,14 +12,13 @@ it, int64 [m]; the first of these rows, counted from the first step, int64).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import tensorflow as tf
 
 from vggrepro.compiled_ops import CompiledOps
-from vggrepro.graph_functions import as_written
+from vggrepro.graph_functions import as_written, parallel
 from vggrepro.resampling import BatchRow
 
 Batch = dict[str, tf.Tensor]
@@ -71,7 +70,7 @@ class Stacked:
             named = {"labels": row["labels"], "example_ids": row["example_ids"]}
             return {"images": image(row, *records, into=None), **named}
 
-        return _parallel(rows, example).batch(self._size, drop_remainder=True)
+        return parallel(rows, example).batch(self._size, drop_remainder=True)
 
 
 class InPlace:
@@ -120,11 +119,13 @@ class InPlace:
             return {**batch, "images": images}, tf.equal(numbers[-1], self._size - 1)
 
         # Pieces come in order: the last one is the time to look whether all rows are written.
-        pieces = _parallel(rows, written).filter(as_written(lambda batch, last: last))
-        batches = pieces.map(as_written(lambda batch, last: batch))
-        # They are not where an image was damaged and somebody goes on after that error.
-        whole = batches.filter(as_written(lambda batch: tf.equal(batch["written"], self._size)))
-        return whole.map(as_written(lambda batch: {name: batch[name] for name in _BATCH}))
+        batches = parallel(rows, written).filter(as_written(lambda batch, last: last))
+        # They are not where an image was damaged and somebody goes on after that error. A filter
+        # of its own: the first needs no call of a function.
+        whole = batches.filter(
+            as_written(lambda batch, last: tf.equal(batch["written"], self._size))
+        )
+        return whole.map(as_written(lambda batch, last: {name: batch[name] for name in _BATCH}))
 
     @as_written
     def _pieces(self, plan: Rows) -> tf.data.Dataset:
@@ -163,12 +164,3 @@ def _zipped(rows: tf.data.Dataset, windows: tf.data.Dataset) -> tf.data.Dataset:
     return tf.data.Dataset.zip((rows, windows)).map(
         as_written(lambda row, window: ({**row, "stored": (window[1],)}, window[0]))
     )
-
-
-def threads() -> int:
-    """How many images are made at a time."""
-    return os.cpu_count() or 1
-
-
-def _parallel(rows: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
-    return rows.map(function, num_parallel_calls=threads(), deterministic=True)

@@ -8,7 +8,6 @@ off), TensorFlow's own ops do the same with the same bits, see `vggrepro.resampl
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import shlex
@@ -51,7 +50,6 @@ class CompiledOps(NamedTuple):
     take_record: Callable[..., tf.Tensor] | None
 
 
-@functools.cache
 def load() -> CompiledOps | None:
     """The ops; None: the machine cannot compile or load them."""
     path = library()

@@ -17,10 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 from diagnostics.errors import InputError
-from vggrepro.batching import Batch, Rows, threads
+from vggrepro.batching import Batch, Rows
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import RecordReader, example_reader, example_rows
-from vggrepro.graph_functions import as_written
+from vggrepro.graph_functions import as_written, parallel, threads
 from vggrepro.order import WindowShuffle, example_order
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.resampling import BatchRow
@@ -187,9 +187,8 @@ class EvaluationStream:
 
     def _batches(self) -> tf.data.Dataset:
         ids = self._example_ids()
-        examples = example_rows(self._reader, ids[ids < len(self.index)]).map(
-            self._example, num_parallel_calls=threads(), deterministic=True
-        )
+        rows = example_rows(self._reader, ids[ids < len(self.index)])
+        examples = parallel(rows, self._example)
         side = self.preprocessing.image_size
         padding = {
             "images": tf.zeros([side, side, 3]),
@@ -198,7 +197,8 @@ class EvaluationStream:
             "weights": tf.constant(0.0),
         }
         missing = int((ids >= len(self.index)).sum())
-        # Of ranges: a dataset of tensors would make the pipeline serial under op determinism.
+        # Of a range: where a function makes a dataset of tensors, op determinism makes the
+        # pipeline serial. Here it would not, but so the test can ask that there be none.
         blank = tf.data.Dataset.range(missing).map(as_written(lambda i: padding))
         padded = examples.concatenate(blank)
         return _with_options(padded.batch(len(self._rows), drop_remainder=True)).prefetch(2)
@@ -223,11 +223,7 @@ def example_files(index: ExampleIndex, example_ids: np.ndarray) -> tf.data.Datas
     """The content of these examples (int64 [n]), scalar strings in the same order."""
     reader = example_reader(index)
     rows = example_rows(reader, example_ids)
-    return rows.map(
-        as_written(lambda row: reader.jpeg(*row["stored"])),
-        num_parallel_calls=threads(),
-        deterministic=True,
-    )
+    return parallel(rows, as_written(lambda row: reader.jpeg(*row["stored"])))
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -9,10 +9,10 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro import resampling
-from vggrepro.batching import Rows, threads
+from vggrepro.batching import Rows
 from vggrepro.compiled_ops import CompiledOps
 from vggrepro.example_index import ExampleIndex, RecordTable
-from vggrepro.graph_functions import as_written
+from vggrepro.graph_functions import as_written, threads
 from vggrepro.storage import is_url, read_bytes
 
 _PLAN_ROWS = 32

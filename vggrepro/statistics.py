@@ -23,7 +23,7 @@ from diagnostics.errors import InputError
 from vggrepro.dataset import example_files
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
-from vggrepro.graph_functions import as_written
+from vggrepro.graph_functions import as_written, parallel
 
 Matrix = tuple[tuple[float, float, float], ...]
 
@@ -112,9 +112,7 @@ def training_statistics(
 
 def _moments_dataset(index: ExampleIndex, example_ids: np.ndarray) -> Any:
     """Batches of per-image moments, float64 [b, 9]: E[c], then E[c d] for c <= d."""
-    images = example_files(index, example_ids).map(
-        _image_moments, num_parallel_calls=os.cpu_count() or 1, deterministic=True
-    )
+    images = parallel(example_files(index, example_ids), _image_moments)
     return images.batch(256).prefetch(1).as_numpy_iterator()
 
 

@@ -7,7 +7,6 @@ example comes exactly once, unpadded, and no graph is traced for a shape.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from diagnostics.errors import InputError
 from vggrepro.dataset import example_files
 from vggrepro.example_index import ExampleIndex
 from vggrepro.example_reader import find_bad_example
-from vggrepro.graph_functions import as_written
+from vggrepro.graph_functions import as_written, parallel, threads
 from vggrepro.preprocessing import Preprocessing
 
 
@@ -29,7 +28,7 @@ def image_sizes(index: ExampleIndex) -> np.ndarray:
       InputError: an image cannot be read; names the file.
     """
     files = example_files(index, np.arange(len(index)))
-    sizes = files.map(_stored_size, num_parallel_calls=os.cpu_count() or 1, deterministic=True)
+    sizes = parallel(files, _stored_size)
     try:
         return np.concatenate(list(sizes.batch(256).as_numpy_iterator()))
     except tf.errors.OpError as error:
@@ -109,11 +108,8 @@ class WholeImages:
         with tf.device("CPU:0"):
             rows = tf.data.Dataset.from_tensor_slices(targets[order])
         files = example_files(self.index, order)
-        threads = os.cpu_count() or 1
-        images = tf.data.Dataset.zip((files, rows)).map(
-            self._image, num_parallel_calls=threads, deterministic=True
-        )
-        return images.prefetch(2 * threads)
+        images = parallel(tf.data.Dataset.zip((files, rows)), self._image)
+        return images.prefetch(2 * threads())
 
     @as_written
     def _image(self, jpeg: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
