@@ -133,6 +133,37 @@ def test_a_crop_is_written_to_its_row_alone(count: int, data: st.DataObject) -> 
 
 
 @needs_ops
+@given(st.integers(1, 4), st.data())
+def test_what_a_crop_is_made_with_may_be_that_of_every_row(count: int, data: st.DataObject) -> None:
+    """Any of it: the rest is of the one image."""
+    ops = resampling.compiled_ops()
+    assert ops is not None
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    boxes = np.concatenate([random.integers(0, 4, [count, 2]), np.full([count, 2], 5)], axis=1)
+    every = {
+        "box": boxes.astype(np.int32),
+        "scale": random.uniform(0.5, 2.0, [count, 2]).astype(np.float32),
+        "shift": random.uniform(-2.0, 2.0, [count, 2]).astype(np.float32),
+        "flip": random.integers(0, 2, count).astype(bool),
+        "rgb": random.normal(0.0, 50.0, [count, 3]).astype(np.float32),
+    }
+    row = data.draw(st.integers(0, count - 1))
+    own = {name: tf.constant(values[row]) for name, values in every.items()}
+    mixed = dict(own)
+    for name in data.draw(st.sets(st.sampled_from(sorted(every)))):
+        mixed[name] = tf.constant(every[name])
+
+    def crop(form: dict, into: BatchRow | None) -> tf.Tensor:
+        window = Window(form["box"], form["scale"], form["shift"])
+        image = tf.constant(pixels(9, 9, seed=1))
+        return Crop(6, "triangle").of(image, window, form["flip"], form["rgb"], into)
+
+    images, written = ops.new_images(tf.zeros([count], tf.int64), side=6)
+    found = crop(mixed, BatchRow(images, written, tf.constant(row, tf.int64)))
+    assert np.array_equal(found[row], crop(own, None))
+
+
+@needs_ops
 @pytest.mark.parametrize(
     ("shape", "row", "complaint"),
     [
@@ -147,3 +178,15 @@ def test_a_row_outside_the_batch_is_refused(shape: list[int], row: int, complain
     into = BatchRow(tf.zeros(shape), tf.constant([0], tf.int64), tf.constant(row, tf.int64))
     with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
         Crop(6, "triangle").of(*crop_inputs(seed=0), into=into)
+
+
+@needs_ops
+@pytest.mark.parametrize("name", ["box", "scale", "shift", "flip", "rgb"])
+def test_neither_one_nor_one_for_every_row_is_refused(name: str) -> None:
+    image, window, flip, rgb = crop_inputs(seed=0)
+    form = {**window._asdict(), "flip": flip, "rgb": rgb}
+    form[name] = tf.stack([form[name]] * 2)
+    window = Window(form["box"], form["scale"], form["shift"])
+    into = BatchRow(tf.zeros([3, 6, 6, 3]), tf.constant([0], tf.int64), tf.constant(1, tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="another size"):
+        Crop(6, "triangle").of(image, window, form["flip"], form["rgb"], into)

@@ -1,5 +1,9 @@
 """The compiled ops that read TFRecord files, against TensorFlow's writer."""
 
+import ctypes
+import mmap
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ sizes = st.integers(0, 300) | st.integers(3 * 4096 - 9, 3 * 4096 + 9) | st.integ
 
 def loaded() -> CompiledOps | None:
     ops = compiled_ops.load()
-    return ops if ops is not None and ops.read_records is not None else None
+    return ops if ops is not None and ops.read_record is not None else None
 
 
 pytestmark = pytest.mark.skipif(
@@ -45,32 +49,25 @@ def records(draw: st.DrawFn) -> list[bytes]:
     return [random.bytes(size) for size in draw(st.lists(sizes, min_size=1, max_size=5))]
 
 
+def read(ops: CompiledOps, file: object, offset: object, number: int = 0) -> tf.Tensor:
+    assert ops.read_record is not None
+    return ops.read_record(file, tf.constant(offset, tf.int64), tf.constant(number, tf.int64))
+
+
 @given(content=records(), data=st.data())
-def test_any_run_of_records_is_read(
+def test_any_record_is_read(
     ops: CompiledOps,
     tmp_path_factory: pytest.TempPathFactory,
     content: list[bytes],
     data: st.DataObject,
 ) -> None:
-    """From any of several files, from any record on, any number of them."""
+    """Alone, or as one of many that are given."""
     file = written(tmp_path_factory.mktemp("records") / "file", content)
-    runs = data.draw(
-        st.lists(
-            st.integers(0, len(content) - 1).flatmap(
-                lambda first: st.tuples(st.just(first), st.integers(0, len(content) - first))
-            ),
-            max_size=4,
-        )
-    )
-    offsets = [sum(len(one) + OVERHEAD for one in content[:first]) for first, _ in runs]
-    found = ops.read_records(
-        tf.constant([file] * len(runs), tf.string),
-        tf.constant(offsets, tf.int64),
-        tf.constant([count for _, count in runs], tf.int64),
-    )
-    assert [*found.numpy()] == [
-        one for first, count in runs for one in content[first : first + count]
-    ]
+    offsets = [sum(len(one) + OVERHEAD for one in content[:i]) for i in range(len(content))]
+    number = data.draw(st.integers(0, len(content) - 1))
+    assert read(ops, file, offsets[number]).numpy() == content[number]
+    many = read(ops, [file] * len(content), offsets, number)
+    assert many.shape == () and many.numpy() == content[number]
 
 
 @given(content=records(), data=st.data())
@@ -80,12 +77,12 @@ def test_any_changed_byte_is_an_error(
     content: list[bytes],
     data: st.DataObject,
 ) -> None:
-    file = Path(written(tmp_path_factory.mktemp("records") / "file", content))
+    file = Path(written(tmp_path_factory.mktemp("records") / "file", content[:1]))
     whole = bytearray(file.read_bytes())
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     file.write_bytes(whole)
-    with pytest.raises(tf.errors.DataLossError, match="record at byte"):
-        ops.read_records([str(file)], [0], [len(content)])
+    with pytest.raises(tf.errors.DataLossError, match="record at byte 0"):
+        read(ops, str(file), 0)
 
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 20, 100 + OVERHEAD - 1])
@@ -93,46 +90,84 @@ def test_a_file_that_was_cut_off_is_an_error(ops: CompiledOps, tmp_path: Path, c
     file = Path(written(tmp_path / "file", [bytes(50), bytes(100)]))
     file.write_bytes(file.read_bytes()[:-cut])
     with pytest.raises(tf.errors.DataLossError, match="record at byte 66: the file ends"):
-        ops.read_records([str(file)], [0], [2])
-    assert ops.read_records([str(file)], [0], [1]).numpy()[0] == bytes(50)
+        read(ops, str(file), 66)
+    assert read(ops, str(file), 0).numpy() == bytes(50)
 
 
 def test_a_missing_file_is_named(ops: CompiledOps, tmp_path: Path) -> None:
     with pytest.raises(tf.errors.NotFoundError, match="no-such-file"):
-        ops.read_records([str(tmp_path / "no-such-file")], [0], [1])
+        read(ops, str(tmp_path / "no-such-file"), 0)
 
 
 @pytest.mark.parametrize(
-    ("files", "offsets", "counts", "complaint"),
-    [
-        (1, [0], [-1], "no such number"),
-        (2, [0, 0], [2**62, 2**62], "no such number"),
-        (1, [0, 0], [1], "as many"),
-        (1, [0], [1, 1], "as many"),
-        (0, 0, 2, "not one record"),
-    ],
+    ("files", "offsets", "number"), [(1, [0], 1), (1, [0], -1), (2, [0], 1), (1, [0, 19], 1)]
 )
-def test_what_makes_no_sense_is_refused(
-    ops: CompiledOps, tmp_path: Path, files: int, offsets: object, counts: object, complaint: str
+def test_a_number_without_a_record_is_refused(
+    ops: CompiledOps, tmp_path: Path, files: int, offsets: list[int], number: int
 ) -> None:
     file = written(tmp_path / "file", [b"one", b"two"])
-    with pytest.raises(tf.errors.InvalidArgumentError, match=complaint):
-        ops.read_records([file] * files if files else file, offsets, counts)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no record of that number"):
+        read(ops, [file] * files, offsets, number)
 
 
-def test_one_record_is_a_scalar(ops: CompiledOps, tmp_path: Path) -> None:
-    file = written(tmp_path / "file", [b"one", b"two"])
-    found = ops.read_records(file, 3 + OVERHEAD, 1)
-    assert found.shape == () and found.numpy() == b"two"
+# Reading ahead
 
 
-def test_a_record_is_moved_out_of_its_window(ops: CompiledOps) -> None:
-    """No copy: the window is left without it."""
-    assert ops.take_record is not None
-    window = tf.constant([b"short", b"long " * 1000, b"other"])
-    place = tf.constant(1, tf.int64)
-    assert ops.take_record(window, place).numpy() == b"long " * 1000
-    assert [*window.numpy()] == [b"short", b"", b"other"]
-    for outside in (-1, 3):
-        with pytest.raises(tf.errors.InvalidArgumentError, match="no such record"):
-            ops.take_record(window, tf.constant(outside, tf.int64))
+def ask(ops: CompiledOps, files: list[str], offsets: list[int], ends: list[int]) -> tf.Tensor:
+    assert ops.read_ahead is not None
+    places = tf.constant(offsets, tf.int64), tf.constant(ends, tf.int64)
+    return ops.read_ahead(tf.constant(files, tf.string), *places, tf.constant(7, tf.int64))
+
+
+def in_page_cache(file: Path, page: int) -> bool:
+    """Whether the kernel holds a page of a file."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    descriptor = os.open(file, os.O_RDONLY)
+    size = mmap.PAGESIZE
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, page * size)
+    os.close(descriptor)
+    state = ctypes.c_ubyte()
+    assert libc.mincore(ctypes.c_void_p(address), size, ctypes.byref(state)) == 0
+    libc.munmap(ctypes.c_void_p(address), size)
+    return bool(state.value & 1)
+
+
+def forgotten(file: Path) -> None:
+    """Drops a file from the page cache; skips the test where that cannot be done."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    if in_page_cache(file, 0):
+        pytest.skip("this file system keeps its files in memory")
+
+
+def test_the_kernel_reads_what_it_is_asked_for(ops: CompiledOps, tmp_path: Path) -> None:
+    """All of it, and of a long run more than one request of the kernel takes; no other file."""
+    file, other = tmp_path / "file", tmp_path / "other"
+    for one in (file, other):
+        one.write_bytes(bytes(40 * 2**20))
+        forgotten(one)
+    borders = [0, 100_000, 3_000_000, 30 * 2**20]
+    found = ask(ops, [str(file)] * 3, borders[:3], borders[1:])
+    assert found.numpy() == 7
+    pages = range(0, borders[-1] // mmap.PAGESIZE, 50)
+    deadline = time.monotonic() + 60  # the kernel does not say when it is done
+    while not all(in_page_cache(file, page) for page in pages):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not in_page_cache(file, (40 * 2**20 - 1) // mmap.PAGESIZE)
+    assert not in_page_cache(other, 0)
+
+
+def test_files_that_cannot_be_read_are_none_of_its_business(
+    ops: CompiledOps, tmp_path: Path
+) -> None:
+    file = written(tmp_path / "file", [b"one"])
+    missing = str(tmp_path / "no-such-file")
+    assert ask(ops, [missing, file, file], [0, 0, 2**60], [10, 2**40, 2**60 + 1]).numpy() == 7
+    assert ask(ops, [], [], []).numpy() == 7
+    with pytest.raises(tf.errors.InvalidArgumentError, match="as many"):
+        ask(ops, [file], [0, 1], [1, 2])

@@ -46,7 +46,7 @@ def test_gcc_compiles_it() -> None:
     ops = compiled_ops.load()
     assert ops is not None
     if platform.machine() == "x86_64" and "sse4_2" in Path("/proc/cpuinfo").read_text():
-        assert ops.read_records is not None and ops.take_record is not None
+        assert ops.read_record is not None and ops.read_ahead is not None
 
 
 @needs_ops

@@ -192,7 +192,7 @@ def test_an_indivisible_batch_is_refused(index: ExampleIndex) -> None:
 def test_graph_holds_no_python_and_static_shapes(index: ExampleIndex, order: str) -> None:
     dataset = TrainingStream(index, AUGMENTED, 4, 0, order).stream(0)
     ops = op_types(dataset)
-    assert {"TFRecordDatasetV2", "VggreproReadRecords"} & ops and not ops & PYTHON_OPS
+    assert {"TFRecordDatasetV2", "VggreproReadRecord"} & ops and not ops & PYTHON_OPS
     assert all(value.shape.is_fully_defined() for value in dataset.element_spec.values())
 
 

@@ -23,7 +23,8 @@ from vggrepro.resampling import BatchRow
 
 Batch = dict[str, tf.Tensor]
 Rows = dict[str, Any]  # tensors, or what holds tensors, of the same leading dimensions
-# (row, records of its window if any, into=…) -> the image, or the batch that it was written to.
+# (row, records of its window if any, into=…) -> the image; into a row of a batch:
+# (rows, …) -> the batch.
 ImageOf = Callable[..., tf.Tensor]
 
 _PIECE = 8  # rows
@@ -74,7 +75,11 @@ class Stacked:
 
 
 class InPlace:
-    """As `Batching`, for batches of `size` images of `side` pixels."""
+    """As `Batching`, for batches of `size` images of `side` pixels.
+
+    Rows are a plan with all its rows, and which piece of them is to be made: those from `first`
+    to `end`. Nothing is cut out for a single image: the ops find their row themselves.
+    """
 
     def __init__(self, ops: CompiledOps, size: int, side: int) -> None:
         self._ops = ops
@@ -88,35 +93,33 @@ class InPlace:
         @as_written
         def taken(records: tf.Tensor, places: tf.Tensor, first: tf.Tensor) -> tf.data.Dataset:
             count = tf.size(places, tf.int64)
+            numbers = (first + tf.range(count)) % self._size
             begins = tf.range(count) == 0
-            return _cut(places, begins, (first + tf.range(count)) % self._size).map(
-                as_written(lambda piece: (records, piece))
-            )
+
+            @as_written
+            def in_their_rows(first: tf.Tensor, end: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                return records, tf.pad(places[first:end], [[numbers[first], 0]])
+
+            return _cut(begins, numbers).map(in_their_rows)
 
         return _zipped(self.rows(plans), windows.flat_map(taken))
 
     def batches(self, rows: tf.data.Dataset, image: ImageOf) -> tf.data.Dataset:
-        side = self._side
-
         @as_written
         def written(rows: Rows, *records: tf.Tensor) -> tuple[Batch, tf.Tensor]:
-            batch, numbers = rows["batch"], rows["number"]
-            each = {name: rows[name] for name in rows if name != "batch"}
+            batch = rows["batch"]
 
-            def write(i: tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                row = tf.nest.map_structure(lambda rows: tf.gather(rows, i), each)
-                into = BatchRow(images, batch["written"], row["number"])
-                return i + 1, tf.ensure_shape(
-                    image(row, *records, into=into), [self._size, side, side, 3]
-                )
+            def write(row: tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                into = BatchRow(images, batch["written"], row)
+                return row + 1, image(rows, *records, into=into)
 
             _, images = tf.while_loop(
-                lambda i, images: i < tf.size(numbers),
+                lambda row, images: row < rows["end"],
                 write,
-                (0, batch["images"]),
+                (rows["first"], batch["images"]),
                 parallel_iterations=1,
             )
-            return {**batch, "images": images}, tf.equal(numbers[-1], self._size - 1)
+            return {**batch, "images": images}, tf.equal(rows["end"], self._size)
 
         # Pieces come in order: the last one is the time to look whether all rows are written.
         batches = parallel(rows, written).filter(as_written(lambda batch, last: last))
@@ -138,26 +141,23 @@ class InPlace:
             "example_ids": ids,
             "written": written,
         }
-        numbers = tf.range(size, dtype=tf.int64)
+        rows = {"stored": plan["stored"], "augmentation": plan["augmentation"], "batch": batch}
         begins = plan.get("window_begins", tf.zeros([size], tf.bool))
-        rows = {"number": numbers, "stored": plan["stored"], "augmentation": plan["augmentation"]}
-        return _cut(rows, begins, numbers).map(as_written(lambda piece: {**piece, "batch": batch}))
+        return _cut(begins, tf.range(size, dtype=tf.int64)).map(
+            as_written(lambda first, end: {**rows, "first": first, "end": end})
+        )
 
 
-def _cut(rows: Any, begins: tf.Tensor, numbers: tf.Tensor) -> tf.data.Dataset:
-    """Rows in pieces: a new one where a window begins, and at every _PIECE rows of a batch.
+def _cut(begins: tf.Tensor, numbers: tf.Tensor) -> tf.data.Dataset:
+    """First and end of pieces: new ones where a window begins, and at every _PIECE rows of a batch.
 
     Args:
-      rows: nested, [m, ...].
       begins: where a window begins, bool [m].
       numbers: of the rows in their batches, int64 [m].
     """
     count = tf.size(numbers, tf.int64)
     firsts = tf.where(begins | (numbers % _PIECE == 0) | (tf.range(count) == 0))[:, 0]
-    ends = tf.concat([firsts[1:], [count]], 0)
-    return tf.data.Dataset.from_tensor_slices((firsts, ends)).map(
-        as_written(lambda first, end: tf.nest.map_structure(lambda x: x[first:end], rows))
-    )
+    return tf.data.Dataset.from_tensor_slices((firsts, tf.concat([firsts[1:], [count]], 0)))
 
 
 def _zipped(rows: tf.data.Dataset, windows: tf.data.Dataset) -> tf.data.Dataset:

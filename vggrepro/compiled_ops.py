@@ -36,18 +36,19 @@ class CompiledOps(NamedTuple):
         how many of its rows are, int64.
       crop_into: what `crop` takes, these two and a row (int64): writes and counts that row, and
         gives the batch, not a copy.
-      read_records: (files, offsets, counts), string and int64 [m]: runs of consecutive records
-        of local TFRecord files, string [sum of counts]; of scalars one record, a scalar.
-        Raises DataLossError where one is damaged. None: not on this processor.
-      take_record: (string [n], place) -> that one, moved out of them; None likewise.
+      read_record: (file, offset), string and int64: one record of a local TFRecord file, scalar.
+        Raises DataLossError where it is damaged. None: not on this processor.
+      read_ahead: (files, offsets, ends, same), string and int64 [m]: has the kernel read these
+        bytes of local files into its page cache, does not wait for them, and gives `same`
+        (int64 [1] or scalar), which somebody must use. None likewise.
     """
 
     window: Callable[..., Any]
     crop: Callable[..., tf.Tensor]
     new_images: Callable[..., Any]
     crop_into: Callable[..., tf.Tensor]
-    read_records: Callable[..., tf.Tensor] | None
-    take_record: Callable[..., tf.Tensor] | None
+    read_record: Callable[..., tf.Tensor] | None
+    read_ahead: Callable[..., tf.Tensor] | None
 
 
 def load() -> CompiledOps | None:
@@ -62,8 +63,8 @@ def load() -> CompiledOps | None:
             module.vggrepro_resampled_crop,
             module.vggrepro_new_images,
             module.vggrepro_crop_into,
-            getattr(module, "vggrepro_read_records", None),
-            getattr(module, "vggrepro_take_record", None),
+            getattr(module, "vggrepro_read_record", None),
+            getattr(module, "vggrepro_read_ahead", None),
         )
     except (tf.errors.OpError, AttributeError):  # AttributeError: an op could not be registered
         return None

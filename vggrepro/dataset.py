@@ -19,13 +19,13 @@ import tensorflow as tf
 from diagnostics.errors import InputError
 from vggrepro.batching import Batch, Rows
 from vggrepro.example_index import ExampleIndex
-from vggrepro.example_reader import RecordReader, example_reader, example_rows
+from vggrepro.example_reader import LocalRecordReader, example_reader, example_rows
 from vggrepro.graph_functions import as_written, parallel, threads
 from vggrepro.order import WindowShuffle, example_order
 from vggrepro.preprocessing import Preprocessing
 from vggrepro.resampling import BatchRow
 from vggrepro.rng import STREAM_AUGMENT, fold_in, fold_in_tensor
-from vggrepro.window_reader import from_window, record_windows
+from vggrepro.window_reader import from_window, read_ahead, record_windows
 
 
 class TrainingStream:
@@ -64,7 +64,7 @@ class TrainingStream:
         self._batching = preprocessing.batching(len(self._rows))
         self._augment_key = fold_in(seed, STREAM_AUGMENT)
         self._one_batch = tf.function(
-            lambda step: self._batches(self._planned(step, step + 1)).get_single_element(),
+            lambda step: self._batches(tf.data.Dataset.range(step, step + 1)).get_single_element(),
             input_signature=[tf.TensorSpec([], tf.int64)],
             autograph=False,
         )
@@ -75,11 +75,23 @@ class TrainingStream:
 
     def stream(self, first_step: int) -> tf.data.Dataset:
         """An endless dataset of the batches from `first_step` on, prefetched."""
-        plans = self._planned(tf.constant(first_step, tf.int64), tf.int64.max)
+        steps = tf.data.Dataset.range(tf.constant(first_step, tf.int64), tf.int64.max)
+        order, reader, records = self._order, self._reader, self.index.records
         whole = len(self._rows) == self.batch_size
-        if whole and isinstance(self._order, WindowShuffle):
-            return self._batches_by_window(plans, self._order, first_step).prefetch(2)
-        return self._batches(plans).prefetch(2)
+        if not whole or records is None or not isinstance(order, WindowShuffle):
+            return self._batches(steps).prefetch(2)
+        if isinstance(reader, LocalRecordReader):
+            steps = read_ahead(order, records, reader, first_step, self.batch_size)
+            return self._batches(steps).prefetch(2)
+        windows = record_windows(order, records, first_step * self.batch_size)
+
+        @as_written
+        def plan(step: tf.Tensor) -> Rows:
+            _, places = self._positions(step)
+            return {**self._plan(step), "window_begins": places % order.window == 0}
+
+        rows = self._batching.rows_by_window(steps.map(plan).prefetch(1), windows)
+        return self._made(rows, from_window).prefetch(2)
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
@@ -90,25 +102,14 @@ class TrainingStream:
         """Path of an example, relative to the data directory."""
         return self.index.name_of(example_id)
 
-    def _planned(self, first_step: tf.Tensor, end_step: tf.Tensor | int) -> tf.data.Dataset:
-        return tf.data.Dataset.range(first_step, end_step).map(self._plan)
-
-    def _batches(self, plans: tf.data.Dataset) -> tf.data.Dataset:
-        rows = self._batching.rows(self._reader.read_ahead(plans))
+    def _batches(self, steps: tf.data.Dataset) -> tf.data.Dataset:
+        rows = self._batching.rows(self._reader.read_ahead(steps.map(self._plan).prefetch(1)))
         return self._made(rows, self._reader.jpeg)
-
-    def _batches_by_window(
-        self, plans: tf.data.Dataset, order: WindowShuffle, first_step: int
-    ) -> tf.data.Dataset:
-        """The same from windows that are read whole."""
-        records, reader = self.index.records, self._reader
-        assert records is not None and isinstance(reader, RecordReader)
-        windows = record_windows(order, records, reader.ops, first_step * self.batch_size)
-        return self._made(self._batching.rows_by_window(plans, windows), from_window(reader.ops))
 
     def _made(self, rows: tf.data.Dataset, jpeg: Callable[..., tf.Tensor]) -> tf.data.Dataset:
         def image(row: Rows, *records: tf.Tensor, into: BatchRow | None) -> tf.Tensor:
-            content = jpeg(*row["stored"], *records)
+            number = None if into is None else into.number
+            content = jpeg(*row["stored"], *records, number=number)
             return self.preprocessing.training_image(content, row["augmentation"], into)
 
         return _with_options(self._batching.batches(rows, image))
@@ -121,10 +122,7 @@ class TrainingStream:
         seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
         sizes = self._reader.image_sizes(example_ids)
         augmentation = self.preprocessing.augmentation(seeds, sizes)
-        plan = {**self._reader.look_up(example_ids), "augmentation": augmentation}
-        if isinstance(self._order, WindowShuffle):
-            plan["window_begins"] = places % self._order.window == 0
-        return plan
+        return {**self._reader.look_up(example_ids), "augmentation": augmentation}
 
     def _positions(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Epoch and place in it of every row of a step; int64 [b]."""

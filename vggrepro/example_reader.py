@@ -44,19 +44,17 @@ class FileReader:
         """Plans whose rows have stored what `jpeg` takes."""
         return plans
 
-    def jpeg(self, path: tf.Tensor) -> tf.Tensor:
-        """The bytes of one example, scalar string."""
-        return tf.io.read_file(path)
+    def jpeg(self, paths: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
+        """The bytes of one example, scalar string.
+
+        Args:
+          paths: what is stored of it; with a number, of several of which it is that one.
+        """
+        return tf.io.read_file(paths if number is None else tf.gather(paths, number))
 
 
 class RecordReader:
-    """Examples that are records of shards, each read by its offset.
-
-    Attributes:
-      ops: compiled ops that read records here, if any.
-    """
-
-    ops: CompiledOps | None = None
+    """Examples that are records of shards, each read by its offset."""
 
     def __init__(self, index: ExampleIndex, records: RecordTable) -> None:
         with tf.device("CPU:0"):
@@ -94,9 +92,9 @@ class RecordReader:
             deterministic=True,
         )
 
-    def jpeg(self, *stored: tf.Tensor) -> tf.Tensor:
+    def jpeg(self, *stored: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
         """As `FileReader.jpeg`."""
-        return stored[0]
+        return stored[0] if number is None else tf.gather(stored[0], number)
 
 
 class LocalRecordReader(RecordReader):
@@ -104,17 +102,30 @@ class LocalRecordReader(RecordReader):
 
     def __init__(self, index: ExampleIndex, records: RecordTable, ops: CompiledOps) -> None:
         super().__init__(index, records)
-        assert ops.read_records is not None
-        self.ops = ops
-        self._read_records = ops.read_records
+        assert ops.read_record is not None and ops.read_ahead is not None
+        self._read_record = ops.read_record
+        self._read_ahead = ops.read_ahead
 
     def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
         """As `FileReader.read_ahead`."""
         return plans
 
-    def jpeg(self, *stored: tf.Tensor) -> tf.Tensor:
+    def jpeg(self, *stored: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
         """As `FileReader.jpeg`."""
-        return self._read_records(*stored, tf.constant(1, tf.int64))
+        return self._read_record(*stored, tf.constant(0, tf.int64) if number is None else number)
+
+    def will_need(
+        self, example_ids: tf.Tensor, stored_sizes: tf.Tensor, passed: tf.Tensor
+    ) -> tf.Tensor:
+        """Has the kernel read these records, and does not wait for them; returns `passed`.
+
+        Args:
+          example_ids: int64 [m]; neighbours in a shard, one after the other, cost one advice.
+          stored_sizes: bytes of their records, int64 [m].
+          passed: int64 scalar.
+        """
+        files, offsets = self.look_up(example_ids)["stored"]
+        return self._read_ahead(files, offsets, offsets + stored_sizes, passed)
 
 
 @as_written
@@ -138,7 +149,7 @@ def example_reader(index: ExampleIndex) -> FileReader | RecordReader:
     if index.records is None:
         return FileReader(index)
     ops = None if is_url(index.root) else resampling.compiled_ops()
-    if ops is None or ops.read_records is None:
+    if ops is None or ops.read_record is None:
         return RecordReader(index, index.records)
     return LocalRecordReader(index, index.records, ops)
 

@@ -58,7 +58,11 @@ class WindowShuffle:
 
     def example_ids(self, epochs: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
         """As `FullShuffle.example_ids`."""
-        return tf.gather(self._ids, self.records(epochs, self.within(epochs, places)))
+        return self.stored_ids(epochs, self.within(epochs, places))
+
+    def stored_ids(self, epochs: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+        """The same before they are permuted in their windows: in the order of their runs."""
+        return tf.gather(self._ids, self.records(epochs, places))
 
     def within(self, epochs: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
         """The places that the examples have before they are permuted in their windows."""

@@ -16,8 +16,9 @@ width), for many images at once where their sizes are known beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -126,14 +127,15 @@ class Preprocessing:
         Args:
           jpeg: scalar string, the bytes of the file.
           augmentation: of this image, without leading dimensions.
-          into: write it there, see `Crop.of`.
+          into: write it there, see `Crop.of`; then the augmentation is that of all rows of the
+            batch, [b, ...].
         Returns:
           float32 [image_size, image_size, 3], or the batch that it was written to.
         Raises:
           tf.errors.InvalidArgumentError: the bytes are not a whole image.
         """
         flip = augmentation.flip if self.flip else tf.constant(False)
-        rgb = self._colour_shift(augmentation.colour) - self.mean_rgb
+        rgb = self._colour_shift(_of_row(augmentation.colour, into)) - self.mean_rgb
         return self._crop(jpeg, augmentation.crop, flip, rgb, into)
 
     def evaluation_image(self, jpeg: tf.Tensor, shorter_side: int) -> tf.Tensor:
@@ -150,31 +152,32 @@ class Preprocessing:
         into: BatchRow | None = None,
     ) -> tf.Tensor:
         """A crop of the rescaled image plus a colour; as `Crop.of`."""
-        if self.decode == "exact":
-            pixels, window = self._whole(jpeg, crop)
+        if isinstance(crop, Place):
+            place = Place(_of_row(crop.side, into), _of_row(crop.corner, into))
+            pixels, window = self._placed(jpeg, place)
+        elif self.decode == "exact":
+            pixels, window = _decoded(jpeg), crop
         else:
-            pixels, window = tf.cond(  # ImageNet holds a PNG named .JPEG, which has no window
-                tf.io.is_jpeg(jpeg),
-                lambda: self._window_alone(jpeg, crop),
-                lambda: self._whole(jpeg, crop),
+            box = _of_row(crop.box, into)
+            pixels, box = _if_jpeg(
+                jpeg, lambda: _decoded_box(jpeg, box), lambda: (_decoded(jpeg), box)
             )
+            window = crop._replace(box=box)
         return self._form.of(pixels, window, flip, rgb, into)
 
-    def _whole(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
-        """The image and the crop's window in it."""
-        pixels = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-        if isinstance(crop, Place):
-            crop = self._form.window(tf.shape(pixels), *crop)
-        return pixels, crop
+    def _placed(self, jpeg: tf.Tensor, place: Place) -> tuple[tf.Tensor, Window]:
+        """The pixels of an image of unknown size, and the crop's window in them."""
 
-    def _window_alone(self, jpeg: tf.Tensor, crop: Place | Window) -> tuple[tf.Tensor, Window]:
-        """The window's pixels and the window in these."""
-        if isinstance(crop, Place):
-            crop = self._form.window(tf.io.extract_jpeg_shape(jpeg), *crop)
-        pixels = tf.io.decode_and_crop_jpeg(
-            jpeg, crop.box, channels=3, dct_method="INTEGER_ACCURATE"
-        )
-        return pixels, crop._replace(box=crop.box * [0, 0, 1, 1])
+        def whole() -> tuple[tf.Tensor, Window]:
+            pixels = _decoded(jpeg)
+            return pixels, self._form.window(tf.shape(pixels), *place)
+
+        def window_alone() -> tuple[tf.Tensor, Window]:
+            window = self._form.window(tf.io.extract_jpeg_shape(jpeg), *place)
+            pixels, box = _decoded_box(jpeg, window.box)
+            return pixels, window._replace(box=box)
+
+        return whole() if self.decode == "exact" else _if_jpeg(jpeg, window_alone, whole)
 
     def _shorter_side(self, draw: tf.Tensor) -> tf.Tensor:
         """S from draws in [0, 1); float32 of the same shape."""
@@ -195,3 +198,23 @@ def _uniform(seed: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.StatelessRandomUniformV2(
         shape=[sum(_DRAWS.values())], key=key, counter=counter, alg=_PHILOX
     )
+
+
+def _of_row(rows: tf.Tensor, into: BatchRow | None) -> tf.Tensor:
+    """What belongs to an image, of what belongs to all of its batch."""
+    return rows if into is None else tf.gather(rows, into.number)
+
+
+def _if_jpeg(jpeg: tf.Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """ImageNet holds a PNG named .JPEG, of which no window can be decoded."""
+    return tf.cond(tf.io.is_jpeg(jpeg), yes, no)
+
+
+def _decoded(jpeg: tf.Tensor) -> tf.Tensor:
+    return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _decoded_box(jpeg: tf.Tensor, box: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The pixels of a box, and the box in these."""
+    pixels = tf.io.decode_and_crop_jpeg(jpeg, box, channels=3, dct_method="INTEGER_ACCURATE")
+    return pixels, box * [0, 0, 1, 1]

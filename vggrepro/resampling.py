@@ -107,7 +107,8 @@ class Crop(NamedTuple):
           window: without leading dimensions.
           flip: whether left and right change places, bool scalar.
           rgb: grey levels (0..255) to add, float32 [3].
-          into: write it there; needs the compiled ops.
+          into: write it there; needs the compiled ops. Then window, flip and rgb may also be
+            those of all rows of the batch, [b, ...] each.
         Returns:
           float32 [side, side, 3], or `into.images`, of which this row is now written.
         Raises:
@@ -118,7 +119,9 @@ class Crop(NamedTuple):
             assert into is None
             return self.with_tensorflow(pixels, window, flip, rgb)
         if into is not None:
-            return ops.crop_into(pixels, *window, flip, rgb, *into, **self._form())
+            images = ops.crop_into(pixels, *window, flip, rgb, *into, **self._form())
+            images.set_shape(into.images.shape)
+            return images
         crop = ops.crop(pixels, *window, flip, rgb, **self._form())
         return tf.ensure_shape(crop, [self.side, self.side, 3])
 

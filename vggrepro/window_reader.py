@@ -1,28 +1,63 @@
 """The records of a window order, read as a few long runs instead of one by one.
 
-A window's bytes are in memory while it is being used, and the next one's while it is
-being read: twice the window times the size of an image. An example's bytes are taken out of
-its window only where they are decoded.
+read_ahead      advises the kernel of what will be read; records are then taken, as in the full
+                order, where they are decoded. Local files, with the compiled ops.
+record_windows  reads whole windows. A window's bytes are in memory while it is being used, and
+                the next one's while it is being read: twice the window times the size of an
+                image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import tensorflow as tf
 
-from vggrepro.compiled_ops import CompiledOps
 from vggrepro.config import SHUFFLE_RUN
 from vggrepro.example_index import RecordTable
-from vggrepro.example_reader import record_dataset
+from vggrepro.example_reader import LocalRecordReader, record_dataset
 from vggrepro.graph_functions import as_written
 from vggrepro.order import WindowShuffle
+from vggrepro.shards import RECORD_OVERHEAD
 
 _BUFFER = 2**20  # bytes at a time; runs lie far apart
 
 
+def read_ahead(
+    order: WindowShuffle,
+    records: RecordTable,
+    reader: LocalRecordReader,
+    first_step: int,
+    batch_size: int,
+) -> tf.data.Dataset:
+    """The steps from `first_step` on, endless; the kernel is asked for what they will read.
+
+    Asked in the order in which records are stored, for some steps at a time: for as many as
+    these take, of the positions that a window and a batch further on begin. So a window has been
+    asked for before it begins. The first steps ask for all up to there.
+    """
+    steps = max(1, order.window // (2 * batch_size))
+    with tf.device("CPU:0"):
+        sizes = tf.constant(records.size + RECORD_OVERHEAD)
+
+    @as_written
+    def asked(step: tf.Tensor) -> tf.Tensor:
+        first = step * batch_size
+        end = first + order.window + (steps + 1) * batch_size
+        window_begin = first - first % order.count % order.window
+        begin = tf.where(step == first_step, window_begin, end - steps * batch_size)
+        positions = tf.range(begin, end)
+        ids = order.stored_ids(positions // order.count, positions % order.count)
+        return reader.will_need(ids, tf.gather(sizes, ids), step)
+
+    return (
+        tf.data.Dataset.range(first_step, tf.int64.max, steps)
+        .map(asked)
+        .prefetch(1)  # asking takes its time where a disk has much to do
+        .flat_map(as_written(lambda step: tf.data.Dataset.range(step, step + steps)))
+    )
+
+
 def record_windows(
-    order: WindowShuffle, records: RecordTable, ops: CompiledOps | None, first_position: int
+    order: WindowShuffle, records: RecordTable, first_position: int
 ) -> tf.data.Dataset:
     """The windows of all positions from `first_position` on, endless.
 
@@ -33,7 +68,7 @@ def record_windows(
     windows_of_epoch = -(-order.count // order.window)
     epoch, place = divmod(first_position, order.count)
     first_window = epoch * windows_of_epoch + place // order.window
-    runs = _Runs(order, records, ops)
+    runs = _Runs(order, records)
 
     @as_written
     def from_first(data: tf.Tensor, places: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -49,20 +84,18 @@ def record_windows(
     )
 
 
-def from_window(ops: CompiledOps | None) -> Callable[..., tf.Tensor]:
-    """(place, records of its window) -> that record; with ops it may be asked for once."""
-    if ops is None or ops.take_record is None:
-        return lambda place, records: tf.gather(records, place)
-    take = ops.take_record
-    return lambda place, records: take(records, place)
+def from_window(
+    places: tf.Tensor, records: tf.Tensor, number: tf.Tensor | None = None
+) -> tf.Tensor:
+    """The record at a place in those of its window; with a number, at that one of the places."""
+    return tf.gather(records, places if number is None else tf.gather(places, number))
 
 
 class _Runs:
     """Where the runs of a window lie; tables by place in storage."""
 
-    def __init__(self, order: WindowShuffle, records: RecordTable, ops: CompiledOps | None) -> None:
+    def __init__(self, order: WindowShuffle, records: RecordTable) -> None:
         self._order = order
-        self._read_records = None if ops is None else ops.read_records
         by_place = records.ids_in_storage_order
         shard = records.shard[by_place]
         with tf.device("CPU:0"):
@@ -79,17 +112,15 @@ class _Runs:
         epochs = tf.fill(tf.shape(places), epoch)
         pieces = self._pieces(places, order.records(epochs, places))
         within, start = order.within(epochs, places) - first, epoch * order.count + first
-        return self._read(pieces, tf.size(places, tf.int64)).map(
-            as_written(lambda records: (records, within, start))
-        )
-
-    def _read(self, pieces: tuple[tf.Tensor, ...], size: tf.Tensor) -> tf.data.Dataset:
-        """One element: the records of the pieces, string [size]."""
-        if self._read_records is not None:
-            return tf.data.Dataset.range(1).map(as_written(lambda one: self._read_records(*pieces)))
-        records = tf.data.Dataset.from_tensor_slices(pieces).flat_map(_run)
+        size = tf.size(places, tf.int64)
         whole = tf.data.experimental.assert_cardinality(size)  # unless a shard was cut off
-        return records.apply(whole).batch(size, drop_remainder=True)
+        return (
+            tf.data.Dataset.from_tensor_slices(pieces)
+            .flat_map(_run)
+            .apply(whole)
+            .batch(size, drop_remainder=True)
+            .map(as_written(lambda records: (records, within, start)))
+        )
 
     def _pieces(self, places: tf.Tensor, records: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """File, offset and number of records that are read in one go; [m] each.

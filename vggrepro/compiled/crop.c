@@ -27,8 +27,8 @@ enum { SHAPE, SIDE, CORNER };
 enum { PIXELS, BOX, SCALE, SHIFT, FLIP, RGB, IMAGES, WRITTEN, ROW };
 
 #define CROP_INPUTS                                                                   \
-  {"pixels: uint8", 0}, {"box: int32", 4}, {"scale: float", 2}, {"shift: float", 2}, \
-      {"flip: bool", 1}, {"rgb: float", 3}
+  {"pixels: uint8", 0}, {"box: int32", 0}, {"scale: float", 0}, {"shift: float", 0}, \
+      {"flip: bool", 0}, {"rgb: float", 0}
 
 static const Argument WINDOW[] = {
     {"shape: int32", 3}, {"shorter_side: float", 1}, {"corner: float", 2}, {NULL, 0}};
@@ -44,6 +44,14 @@ typedef struct {
   unsigned char cubic;  // Keys' cubic kernel, else the triangle
   float margin;         // of the window around what the kernel reaches, source pixels
 } Settings;
+
+// One crop: its window in the pixels, and what is done with it.
+typedef struct {
+  const int32_t *box;         // first row and column, their numbers
+  const float *scale, *shift;  // of rows, of columns
+  const unsigned char *flip;
+  const float *rgb;
+} Form;
 
 // Source pixels of each output pixel: `count[i]` from `first[i]` on, `stride` weights for each.
 typedef struct {
@@ -167,52 +175,66 @@ static void mix_columns(const float *row, const Taps *taps, int side, int flip, 
   }
 }
 
-static void resample(const Settings *settings, const Call *call, float *out) {
-  const void *const *data = call->data;
-  const int32_t *box = data[BOX];
-  const float *scale = data[SCALE], *shift = data[SHIFT], *rgb = data[RGB];
-  const int flip = *(const unsigned char *)data[FLIP], side = settings->side;
-  const int width = CHANNELS * box[3];
+static void resample(const Settings *settings, const Call *call, const Form *form, float *out) {
+  const int side = settings->side, width = CHANNELS * form->box[3];
   const size_t pitch = (size_t)CHANNELS * TF_Dim(call->inputs[PIXELS], 1);
-  const uint8_t *window = (const uint8_t *)data[PIXELS] + box[0] * pitch + CHANNELS * box[1];
-  const Pixel colour = {rgb[0], rgb[1], rgb[2], 0.0f};
+  const uint8_t *window =
+      (const uint8_t *)call->data[PIXELS] + form->box[0] * pitch + CHANNELS * form->box[1];
+  const Pixel colour = {form->rgb[0], form->rgb[1], form->rgb[2], 0.0f};
   Taps rows = {0}, across = {0};
   float *mixed = NULL;
-  if (make_taps(&rows, settings, box[2], scale[0], shift[0]) &&
-      make_taps(&across, settings, box[3], scale[1], shift[1]))
+  if (make_taps(&rows, settings, form->box[2], form->scale[0], form->shift[0]) &&
+      make_taps(&across, settings, form->box[3], form->scale[1], form->shift[1]))
     mixed = calloc((size_t)width + CHANNELS * across.most + 1, sizeof(float));
   if (!mixed)
     TF_SetStatus(call->status, TF_RESOURCE_EXHAUSTED, "no memory left to resample an image");
   for (int y = 0; mixed && y < side; ++y) {
     mix_rows(window + rows.first[y] * pitch, pitch, width, rows.weights + (size_t)y * rows.stride,
              rows.count[y], mixed);
-    mix_columns(mixed, &across, side, flip, colour, out + (size_t)CHANNELS * y * side);
+    mix_columns(mixed, &across, side, *form->flip, colour, out + (size_t)CHANNELS * y * side);
   }
   free_taps(&rows);
   free_taps(&across);
   free(mixed);
 }
 
-// Whether the inputs that both crops have fit together.
-static int fits(Call *call) {
-  if (!fine(call)) return 0;
+// Of an input that has `elements` for an image, or for each of several, those of image `row`.
+static const void *of_row(const Call *call, int input, int elements, int64_t row, int64_t rows) {
+  const int64_t found = TF_TensorElementCount(call->inputs[input]);
+  const size_t bytes = elements * TF_DataTypeSize(TF_TensorType(call->inputs[input]));
+  if (found == elements) return call->data[input];
+  if (found == rows * elements) return (const char *)call->data[input] + row * bytes;
+  TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "an input has another size than the op takes");
+  return call->data[input];
+}
+
+// The form of image `row` of `rows`, if the inputs that both crops have fit together.
+static Form form_of(const Call *call, int64_t row, int64_t rows) {
+  Form form = {0};
+  if (!fine(call)) return form;
+  form.box = of_row(call, BOX, 4, row, rows);
+  form.scale = of_row(call, SCALE, 2, row, rows);
+  form.shift = of_row(call, SHIFT, 2, row, rows);
+  form.flip = of_row(call, FLIP, 1, row, rows);
+  form.rgb = of_row(call, RGB, 3, row, rows);
   const TF_Tensor *pixels = call->inputs[PIXELS];
-  const int32_t *box = call->data[BOX];
+  if (!fine(call)) return form;
+  const int32_t *box = form.box;
   if (TF_NumDims(pixels) != 3 || TF_Dim(pixels, 2) != CHANNELS)
     TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "the image is not [height, width, 3]");
   else if (box[0] < 0 || box[1] < 0 || box[2] < 1 || box[3] < 1 ||
            (int64_t)box[0] + box[2] > TF_Dim(pixels, 0) ||
            (int64_t)box[1] + box[3] > TF_Dim(pixels, 1))
     TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "the window is not inside the image");
-  return fine(call);
+  return form;
 }
 
 static void compute_crop(void *settings, TF_OpKernelContext *context) {
   const int64_t side = ((const Settings *)settings)->side;
   Call call = begin(context, CROP);
-  float *out = NULL;
-  if (fits(&call)) out = new_output(&call, 0, TF_FLOAT, (int64_t[]){side, side, CHANNELS}, 3);
-  if (out) resample(settings, &call, out);
+  const Form form = form_of(&call, 0, 1);
+  float *out = new_output(&call, 0, TF_FLOAT, (int64_t[]){side, side, CHANNELS}, 3);
+  if (out) resample(settings, &call, &form, out);
   end(&call);
 }
 
@@ -226,23 +248,30 @@ static void compute_new_images(void *settings, TF_OpKernelContext *context) {
   end(&call);
 }
 
+// The place of `row` in a batch; NULL: it has none.
+static float *row_of(const Call *call, int64_t side, int64_t row) {
+  const TF_Tensor *images = call->inputs[IMAGES];
+  if (!fine(call)) return NULL;
+  if (TF_NumDims(images) != 4 || TF_Dim(images, 1) != side || TF_Dim(images, 2) != side ||
+      TF_Dim(images, 3) != CHANNELS)
+    TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "the batch is not [rows, side, side, 3]");
+  else if (row < 0 || row >= TF_Dim(images, 0))
+    TF_SetStatus(call->status, TF_INVALID_ARGUMENT, "the batch has no such row");
+  return fine(call) ? (float *)TF_TensorData(images) + row * side * side * CHANNELS : NULL;
+}
+
 // Writes into its input, and counts what is written: nobody else may look at that row before, nor
 // write to it.
 static void compute_crop_into(void *settings, TF_OpKernelContext *context) {
   const int64_t side = ((const Settings *)settings)->side;
   Call call = begin(context, CROP_INTO);
-  if (fits(&call)) {
-    TF_Tensor *images = call.inputs[IMAGES];
-    const int64_t row = *(const int64_t *)call.data[ROW], size = side * side * CHANNELS;
-    if (TF_NumDims(images) != 4 || TF_Dim(images, 1) != side || TF_Dim(images, 2) != side ||
-        TF_Dim(images, 3) != CHANNELS)
-      TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the batch is not [rows, side, side, 3]");
-    else if (row < 0 || row >= TF_Dim(images, 0))
-      TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the batch has no such row");
-    else
-      resample(settings, &call, (float *)TF_TensorData(images) + row * size);
+  const int64_t row = fine(&call) ? *(const int64_t *)call.data[ROW] : 0;
+  float *out = row_of(&call, side, row);
+  if (out) {
+    const Form form = form_of(&call, row, TF_Dim(call.inputs[IMAGES], 0));
+    if (fine(&call)) resample(settings, &call, &form, out);
     if (fine(&call)) __atomic_fetch_add((int64_t *)call.data[WRITTEN], 1, __ATOMIC_RELEASE);
-    if (fine(&call)) TF_SetOutput(context, 0, images, call.status);
+    if (fine(&call)) TF_SetOutput(context, 0, call.inputs[IMAGES], call.status);
   }
   end(&call);
 }

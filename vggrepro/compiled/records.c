@@ -1,6 +1,6 @@
-// TensorFlow ops: runs of consecutive records read from TFRecord files, and one of many records
-// taken without a copy. A record is [length, 8 bytes; its checksum, 4; data; its checksum, 4],
-// little-endian, the checksums CRC-32C, masked.
+// TensorFlow ops: a record read from a local TFRecord file, and many to be read soon. A record is
+// [length, 8 bytes; its checksum, 4; data; its checksum, 4], little-endian, the checksums CRC-32C,
+// masked.
 //
 // A dataset for every record, the other way to start at an offset, costs more than the reading.
 // Only where the processor computes the checksum.
@@ -17,13 +17,14 @@
 #include "ops.h"
 #include "tensorflow/c/tf_tstring.h"
 
-enum { FILE_NAME, OFFSET, COUNT };
-enum { RECORDS, PLACE };
+enum { FILES, OFFSETS, NUMBER, ENDS = 2, SAME };
 enum { HEADER = 12, CHECKSUM = 4, STREAMS = 3, BLOCK = 4096 };
+enum { ADVISED = 128 << 10 };  // bytes at a time: Linux cuts a longer one off, by default here
 
 static const Argument READ_INPUTS[] = {
-    {"files: string", 0}, {"offsets: int64", 0}, {"counts: int64", 0}, {NULL, 0}};
-static const Argument TAKE_INPUTS[] = {{"records: string", 0}, {"place: int64", 1}, {NULL, 0}};
+    {"files: string", 0}, {"offsets: int64", 0}, {"number: int64", 1}, {NULL, 0}};
+static const Argument AHEAD_INPUTS[] = {
+    {"files: string", 0}, {"offsets: int64", 0}, {"ends: int64", 0}, {"same: int64", 1}, {NULL, 0}};
 
 static const uint32_t POLYNOMIAL = 0x82f63b78;  // of CRC-32C, lowest power in the highest bit
 static uint32_t past_block, past_two;           // x to the power of 8 * BLOCK, and twice that
@@ -82,88 +83,91 @@ static const char *read_whole(int descriptor, void *to, size_t size, int64_t off
   return NULL;
 }
 
-// What is wrong with the record at `*offset`, else NULL; moves on to the next record.
-static const char *read_record(int descriptor, int64_t *offset, int64_t file_size,
-                               TF_TString *record) {
+// What is wrong with the record at `offset`, else NULL.
+static const char *read_record(int descriptor, int64_t offset, TF_TString *record) {
+  const int64_t file_size = lseek(descriptor, 0, SEEK_END);
   unsigned char header[HEADER];
   uint64_t size;
-  const char *fault = read_whole(descriptor, header, HEADER, *offset);
+  const char *fault = read_whole(descriptor, header, HEADER, offset);
   if (fault) return fault;
   if (!matches(header, sizeof size)) return "its length is damaged";
   memcpy(&size, header, sizeof size);
-  *offset += HEADER;
-  if (size > (uint64_t)(file_size - *offset)) return "the file ends before its end";
+  offset += HEADER;
+  if (size > (uint64_t)(file_size - offset)) return "the file ends before its end";
   char *data = TF_TString_ResizeUninitialized(record, size + CHECKSUM);
-  if ((fault = read_whole(descriptor, data, size + CHECKSUM, *offset))) return fault;
+  if ((fault = read_whole(descriptor, data, size + CHECKSUM, offset))) return fault;
   if (!matches((unsigned char *)data, size)) return "its data is damaged";
   TF_TString_ResizeUninitialized(record, size);
-  *offset += size + CHECKSUM;
   return NULL;
 }
 
-static void read_run(int descriptor, Call *call, const char *name, int64_t offset, int64_t count,
-                     TF_TString *records) {
-  const int64_t file_size = lseek(descriptor, 0, SEEK_END);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t start = offset;
-    const char *fault = read_record(descriptor, &offset, file_size, &records[i]);
-    if (!fault) continue;
-    char message[512];
-    snprintf(message, sizeof message, "record at byte %lld: %s: %s", (long long)start, fault, name);
-    TF_SetStatus(call->status, TF_DATA_LOSS, message);
-    return;
-  }
-}
-
-static void open_and_read(Call *call, const TF_TString *file, int64_t offset, int64_t count,
-                          TF_TString *records) {
-  char *name = strndup(TF_TString_GetDataPointer(file), TF_TString_GetSize(file));
-  const int descriptor = name ? open(name, O_RDONLY | O_CLOEXEC) : -1;
-  if (descriptor < 0) {
-    TF_SetStatusFromIOError(call->status, errno, name ? name : "");
-  } else {
-    read_run(descriptor, call, name, offset, count, records);
-    close(descriptor);
-  }
-  free(name);
+// A descriptor, or -1; `name` must be freed.
+static int open_file(const TF_TString *file, char **name) {
+  *name = strndup(TF_TString_GetDataPointer(file), TF_TString_GetSize(file));
+  return *name ? open(*name, O_RDONLY | O_CLOEXEC) : -1;
 }
 
 static void compute_read(void *settings, TF_OpKernelContext *context) {
   (void)settings;
   Call call = begin(context, READ_INPUTS);
-  if (fine(&call)) {
-    const TF_TString *files = call.data[FILE_NAME];
-    const int64_t *offsets = call.data[OFFSET], *counts = call.data[COUNT];
-    const int64_t runs = TF_TensorElementCount(call.inputs[FILE_NAME]);
-    const int rank = TF_NumDims(call.inputs[FILE_NAME]) ? 1 : 0;  // 0: one record, a scalar
-    int64_t total = 0;
-    if (TF_TensorElementCount(call.inputs[OFFSET]) != runs ||
-        TF_TensorElementCount(call.inputs[COUNT]) != runs)
-      TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "not as many files, offsets and counts");
-    for (int64_t i = 0; fine(&call) && i < runs; ++i) {
-      if (counts[i] < 0 || __builtin_add_overflow(total, counts[i], &total))
-        TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "no such number of records");
+  const int64_t number = fine(&call) ? *(const int64_t *)call.data[NUMBER] : 0;
+  if (fine(&call) && (number < 0 || number >= TF_TensorElementCount(call.inputs[FILES]) ||
+                      number >= TF_TensorElementCount(call.inputs[OFFSETS])))
+    TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "there is no record of that number");
+  TF_TString *record = new_output(&call, 0, TF_STRING, NULL, 0);
+  if (record) {
+    char *name;
+    const int64_t offset = ((const int64_t *)call.data[OFFSETS])[number];
+    const int descriptor = open_file((const TF_TString *)call.data[FILES] + number, &name);
+    if (descriptor < 0) TF_SetStatusFromIOError(call.status, errno, name ? name : "");
+    const char *fault = descriptor < 0 ? NULL : read_record(descriptor, offset, record);
+    if (fault) {
+      char message[512];
+      snprintf(message, sizeof message, "record at byte %lld: %s: %s", (long long)offset, fault,
+               name);
+      TF_SetStatus(call.status, TF_DATA_LOSS, message);
     }
-    if (!rank && total != 1) TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "not one record");
-    TF_TString *records = new_output(&call, 0, TF_STRING, &total, rank);
-    for (int64_t i = 0; records && fine(&call) && i < runs; records += counts[i++])
-      open_and_read(&call, &files[i], offsets[i], counts[i], records);
+    if (descriptor >= 0) close(descriptor);
+    free(name);
   }
   end(&call);
 }
 
-// Moves a record out of its input, which is left without it unless it is a few bytes: nobody else
-// may ask for the same.
-static void compute_take(void *settings, TF_OpKernelContext *context) {
+static int equal(const TF_TString *a, const TF_TString *b) {
+  const size_t size = TF_TString_GetSize(a);
+  return size == TF_TString_GetSize(b) &&
+         !memcmp(TF_TString_GetDataPointer(a), TF_TString_GetDataPointer(b), size);
+}
+
+// Has the kernel read bytes into its page cache, and does not wait for them.
+static void advise(int descriptor, int64_t offset, int64_t end) {
+  for (; offset < end; offset += ADVISED)
+    posix_fadvise(descriptor, offset, end - offset < ADVISED ? end - offset : ADVISED,
+                  POSIX_FADV_WILLNEED);
+}
+
+// An advice only: whoever then reads says what is wrong with a file.
+static void compute_ahead(void *settings, TF_OpKernelContext *context) {
   (void)settings;
-  Call call = begin(context, TAKE_INPUTS);
-  if (fine(&call)) {
-    const int64_t place = *(const int64_t *)call.data[PLACE];
-    if (place < 0 || place >= TF_TensorElementCount(call.inputs[RECORDS]))
-      TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "the window has no such record");
-    TF_TString *record = new_output(&call, 0, TF_STRING, NULL, 0);
-    if (record) TF_TString_Move(record, (TF_TString *)call.data[RECORDS] + place);
+  Call call = begin(context, AHEAD_INPUTS);
+  const int64_t count = fine(&call) ? TF_TensorElementCount(call.inputs[FILES]) : 0;
+  if (fine(&call) && (TF_TensorElementCount(call.inputs[OFFSETS]) != count ||
+                      TF_TensorElementCount(call.inputs[ENDS]) != count))
+    TF_SetStatus(call.status, TF_INVALID_ARGUMENT, "not as many files, offsets and ends");
+  const TF_TString *files = call.data[FILES];
+  const int64_t *offsets = call.data[OFFSETS], *ends = call.data[ENDS];
+  for (int64_t i = 0, next; fine(&call) && i < count; i = next) {
+    next = i + 1;
+    while (next < count && offsets[next] == ends[next - 1] && equal(&files[next], &files[i])) ++next;
+    char *name;
+    const int descriptor = open_file(&files[i], &name);
+    if (descriptor >= 0) {
+      advise(descriptor, offsets[i], ends[next - 1]);
+      close(descriptor);
+    }
+    free(name);
   }
+  if (fine(&call)) TF_SetOutput(context, 0, call.inputs[SAME], call.status);
   end(&call);
 }
 
@@ -173,14 +177,14 @@ __attribute__((constructor)) static void register_records(void) {
   for (int bit = 0; bit < 8 * BLOCK; ++bit)
     past_block = past_block & 1 ? past_block >> 1 ^ POLYNOMIAL : past_block >> 1;
   past_two = product(past_block, past_block);
-  register_op(&(Op){.name = "VggreproReadRecords",
+  register_op(&(Op){.name = "VggreproReadRecord",
                     .inputs = READ_INPUTS,
-                    .outputs = (const char *[]){"records: string", NULL},
-                    .compute = compute_read});
-  register_op(&(Op){.name = "VggreproTakeRecord",
-                    .inputs = TAKE_INPUTS,
                     .outputs = (const char *[]){"record: string", NULL},
-                    .compute = compute_take});
+                    .compute = compute_read});
+  register_op(&(Op){.name = "VggreproReadAhead",
+                    .inputs = AHEAD_INPUTS,
+                    .outputs = (const char *[]){"passed: int64", NULL},
+                    .compute = compute_ahead});
 }
 
 #endif

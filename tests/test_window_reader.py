@@ -1,0 +1,62 @@
+"""What the kernel is asked for ahead of a window order."""
+
+import numpy as np
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from test_order import counts, imaginary_shards, seeds, windows
+
+from vggrepro.order import WindowShuffle
+from vggrepro.window_reader import read_ahead
+
+SIZE = 84 + 16  # of the imaginary records in their shards, bytes
+
+
+class Noting:
+    """A reader that notes what would be asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[np.ndarray] = []
+
+    def will_need(self, ids: tf.Tensor, sizes: tf.Tensor, passed: tf.Tensor) -> tf.Tensor:
+        def note(ids: np.ndarray, sizes: np.ndarray, passed: np.ndarray) -> np.ndarray:
+            self.asked.append(ids)
+            assert (sizes == SIZE).all()
+            return passed
+
+        return tf.numpy_function(note, [ids, sizes, passed], tf.int64)
+
+
+@given(
+    counts, windows, seeds, st.integers(1, 200), st.integers(0, 30) | st.integers(0, 2**40),
+    st.integers(1, 9),
+)  # fmt: skip
+def test_a_window_is_asked_for_before_it_begins(
+    count: int, window: int, seed: int, batch_size: int, first_step: int, steps: int
+) -> None:
+    index, reader = imaginary_shards(count), Noting()
+    order = WindowShuffle(index, window, seed)
+    ahead = iter(read_ahead(order, index.records, reader, first_step, batch_size))  # type: ignore
+    for step in range(first_step, first_step + steps):
+        assert next(ahead) == step
+        asked = set(np.concatenate(reader.asked))
+        for position in {step * batch_size, (step + 1) * batch_size - 1}:
+            epoch, place = divmod(position, count)
+            begin = place - place % window
+            places = tf.range(begin, min(begin + window, count), dtype=tf.int64)
+            epochs = tf.fill(tf.shape(places), tf.constant(epoch, tf.int64))
+            assert set(order.example_ids(epochs, places).numpy()) <= asked
+
+
+@given(windows, seeds)
+def test_each_record_is_asked_for_once_an_epoch_in_long_runs(window: int, seed: int) -> None:
+    count, batch_size = 640, 32
+    index, reader = imaginary_shards(count), Noting()
+    order = WindowShuffle(index, window, seed)
+    steps = read_ahead(order, index.records, reader, 0, batch_size)  # type: ignore
+    list(steps.take(3 * count // batch_size))
+    asked = np.concatenate(reader.asked)
+    assert sorted(asked[:count]) == sorted(asked[count : 2 * count]) == list(range(count))
+    assert index.records is not None
+    places = np.argsort(index.records.ids_in_storage_order)[asked]
+    assert (np.diff(places) == 1).mean() > 0.95  # a run is 64 records
