@@ -30,7 +30,7 @@ from vggrepro.shard_check import default_workers
 from vggrepro.shard_writer import Recipe
 
 LATE_STEP = 300_000
-WINDOW = "window:256"  # a few hundred files hold no window of the usual size
+WINDOW = "window:1024"  # a quarter of the files
 
 Streams = dict[str, Callable[[], TrainingStream]]
 

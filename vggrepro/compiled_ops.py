@@ -39,8 +39,8 @@ class CompiledOps(NamedTuple):
       read_record: (file, offset), string and int64: one record of a local TFRecord file, scalar.
         Raises DataLossError where it is damaged. None: not on this processor.
       read_ahead: (files, offsets, ends, same), string and int64 [m]: has the kernel read these
-        bytes of local files into its page cache, does not wait for them, and gives `same`
-        (int64 [1] or scalar), which somebody must use. None likewise.
+        bytes of local files into its page cache, does not wait for them, and gives `same`, an
+        int64 that somebody must use. None likewise.
     """
 
     window: Callable[..., Any]

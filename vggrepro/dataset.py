@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from diagnostics.errors import InputError
 from vggrepro.batching import Batch, Rows
-from vggrepro.example_index import ExampleIndex
+from vggrepro.example_index import ExampleIndex, RecordTable
 from vggrepro.example_reader import LocalRecordReader, example_reader, example_rows
 from vggrepro.graph_functions import as_written, parallel, threads
 from vggrepro.order import WindowShuffle, example_order
@@ -76,22 +76,11 @@ class TrainingStream:
     def stream(self, first_step: int) -> tf.data.Dataset:
         """An endless dataset of the batches from `first_step` on, prefetched."""
         steps = tf.data.Dataset.range(tf.constant(first_step, tf.int64), tf.int64.max)
-        order, reader, records = self._order, self._reader, self.index.records
+        order, records = self._order, self.index.records
         whole = len(self._rows) == self.batch_size
-        if not whole or records is None or not isinstance(order, WindowShuffle):
-            return self._batches(steps).prefetch(2)
-        if isinstance(reader, LocalRecordReader):
-            steps = read_ahead(order, records, reader, first_step, self.batch_size)
-            return self._batches(steps).prefetch(2)
-        windows = record_windows(order, records, first_step * self.batch_size)
-
-        @as_written
-        def plan(step: tf.Tensor) -> Rows:
-            _, places = self._positions(step)
-            return {**self._plan(step), "window_begins": places % order.window == 0}
-
-        rows = self._batching.rows_by_window(steps.map(plan).prefetch(1), windows)
-        return self._made(rows, from_window).prefetch(2)
+        if whole and records is not None and isinstance(order, WindowShuffle):
+            return self._batches_by_window(steps, order, records, first_step).prefetch(2)
+        return self._batches(steps).prefetch(2)
 
     def example_ids(self, step: int) -> list[int]:
         """Which examples a step takes, without reading them."""
@@ -103,8 +92,23 @@ class TrainingStream:
         return self.index.name_of(example_id)
 
     def _batches(self, steps: tf.data.Dataset) -> tf.data.Dataset:
-        rows = self._batching.rows(self._reader.read_ahead(steps.map(self._plan).prefetch(1)))
-        return self._made(rows, self._reader.jpeg)
+        plans = self._reader.read_ahead(self._planned(steps))
+        return self._made(self._batching.rows(plans), self._reader.jpeg)
+
+    def _batches_by_window(
+        self, steps: tf.data.Dataset, order: WindowShuffle, records: RecordTable, first_step: int
+    ) -> tf.data.Dataset:
+        """The same, read in long runs."""
+        if isinstance(self._reader, LocalRecordReader):
+            steps = read_ahead(order, self._reader, first_step, self.batch_size)
+            return self._made(self._batching.rows(self._planned(steps)), self._reader.jpeg)
+        windows = record_windows(order, records, first_step * self.batch_size)
+        plans = self._planned(steps)
+        return self._made(self._batching.rows_by_window(plans, windows), from_window)
+
+    def _planned(self, steps: tf.data.Dataset) -> tf.data.Dataset:
+        """Made in the background: meanwhile the threads that make images would wait."""
+        return steps.map(self._plan).prefetch(1)
 
     def _made(self, rows: tf.data.Dataset, jpeg: Callable[..., tf.Tensor]) -> tf.data.Dataset:
         def image(row: Rows, *records: tf.Tensor, into: BatchRow | None) -> tf.Tensor:
@@ -122,7 +126,10 @@ class TrainingStream:
         seeds = tf.stack([fold_in_tensor(self._augment_key, epochs), example_ids], axis=1)
         sizes = self._reader.image_sizes(example_ids)
         augmentation = self.preprocessing.augmentation(seeds, sizes)
-        return {**self._reader.look_up(example_ids), "augmentation": augmentation}
+        plan = {**self._reader.look_up(example_ids), "augmentation": augmentation}
+        if isinstance(self._order, WindowShuffle):
+            plan["window_begins"] = places % self._order.window == 0
+        return plan
 
     def _positions(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Epoch and place in it of every row of a step; int64 [b]."""

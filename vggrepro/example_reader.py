@@ -13,6 +13,7 @@ from vggrepro.batching import Rows
 from vggrepro.compiled_ops import CompiledOps
 from vggrepro.example_index import ExampleIndex, RecordTable
 from vggrepro.graph_functions import as_written, threads
+from vggrepro.shards import RECORD_OVERHEAD
 from vggrepro.storage import is_url, read_bytes
 
 _PLAN_ROWS = 32
@@ -105,27 +106,33 @@ class LocalRecordReader(RecordReader):
         assert ops.read_record is not None and ops.read_ahead is not None
         self._read_record = ops.read_record
         self._read_ahead = ops.read_ahead
+        with tf.device("CPU:0"):
+            self._end = tf.constant(records.offset + records.size + RECORD_OVERHEAD)
 
     def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
-        """As `FileReader.read_ahead`."""
-        return plans
+        """As `FileReader.read_ahead`: the kernel is asked for a plan's records, for the next plan
+        while the one before is used.
+        """
+        return plans.map(self._asked).prefetch(1)
 
     def jpeg(self, *stored: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
         """As `FileReader.jpeg`."""
         return self._read_record(*stored, tf.constant(0, tf.int64) if number is None else number)
 
-    def will_need(
-        self, example_ids: tf.Tensor, stored_sizes: tf.Tensor, passed: tf.Tensor
-    ) -> tf.Tensor:
+    def will_need(self, example_ids: tf.Tensor, passed: tf.Tensor) -> tf.Tensor:
         """Has the kernel read these records, and does not wait for them; returns `passed`.
 
         Args:
-          example_ids: int64 [m]; neighbours in a shard, one after the other, cost one advice.
-          stored_sizes: bytes of their records, int64 [m].
-          passed: int64 scalar.
+          example_ids: int64 [m]; neighbours in a shard, one after the other, cost one request.
+          passed: int64.
         """
         files, offsets = self.look_up(example_ids)["stored"]
-        return self._read_ahead(files, offsets, offsets + stored_sizes, passed)
+        return self._read_ahead(files, offsets, tf.gather(self._end, example_ids), passed)
+
+    @as_written
+    def _asked(self, plan: Rows) -> Rows:
+        ids = plan["example_ids"]
+        return {**plan, "example_ids": self.will_need(ids, ids)}
 
 
 @as_written

@@ -16,17 +16,12 @@ from vggrepro.example_index import RecordTable
 from vggrepro.example_reader import LocalRecordReader, record_dataset
 from vggrepro.graph_functions import as_written
 from vggrepro.order import WindowShuffle
-from vggrepro.shards import RECORD_OVERHEAD
 
 _BUFFER = 2**20  # bytes at a time; runs lie far apart
 
 
 def read_ahead(
-    order: WindowShuffle,
-    records: RecordTable,
-    reader: LocalRecordReader,
-    first_step: int,
-    batch_size: int,
+    order: WindowShuffle, reader: LocalRecordReader, first_step: int, batch_size: int
 ) -> tf.data.Dataset:
     """The steps from `first_step` on, endless; the kernel is asked for what they will read.
 
@@ -35,8 +30,6 @@ def read_ahead(
     asked for before it begins. The first steps ask for all up to there.
     """
     steps = max(1, order.window // (2 * batch_size))
-    with tf.device("CPU:0"):
-        sizes = tf.constant(records.size + RECORD_OVERHEAD)
 
     @as_written
     def asked(step: tf.Tensor) -> tf.Tensor:
@@ -46,7 +39,7 @@ def read_ahead(
         begin = tf.where(step == first_step, window_begin, end - steps * batch_size)
         positions = tf.range(begin, end)
         ids = order.stored_ids(positions // order.count, positions % order.count)
-        return reader.will_need(ids, tf.gather(sizes, ids), step)
+        return reader.will_need(ids, step)
 
     return (
         tf.data.Dataset.range(first_step, tf.int64.max, steps)

@@ -24,7 +24,7 @@ enum { ADVISED = 128 << 10 };  // bytes at a time: Linux cuts a longer one off, 
 static const Argument READ_INPUTS[] = {
     {"files: string", 0}, {"offsets: int64", 0}, {"number: int64", 1}, {NULL, 0}};
 static const Argument AHEAD_INPUTS[] = {
-    {"files: string", 0}, {"offsets: int64", 0}, {"ends: int64", 0}, {"same: int64", 1}, {NULL, 0}};
+    {"files: string", 0}, {"offsets: int64", 0}, {"ends: int64", 0}, {"same: int64", 0}, {NULL, 0}};
 
 static const uint32_t POLYNOMIAL = 0x82f63b78;  // of CRC-32C, lowest power in the highest bit
 static uint32_t past_block, past_two;           // x to the power of 8 * BLOCK, and twice that
