@@ -30,7 +30,7 @@ from vggrepro.shard_check import default_workers
 from vggrepro.shard_writer import Recipe
 
 LATE_STEP = 300_000
-WINDOW = "window:1024"  # a quarter of the files
+WINDOW = "window:256"  # a small part of a round: the first ones are asked for before it begins
 
 Streams = dict[str, Callable[[], TrainingStream]]
 

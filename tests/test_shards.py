@@ -15,12 +15,13 @@ from shard_samples import build, make_folder
 from test_dataset import PYTHON_OPS, op_types, same_bits
 
 from diagnostics.errors import InputError
+from vggrepro import resampling
 from vggrepro.cli import main
 from vggrepro.config import TrainConfig
 from vggrepro.data_source import open_data, open_index
 from vggrepro.dataset import EvaluationStream, TrainingStream
 from vggrepro.example_index import ExampleIndex
-from vggrepro.example_reader import find_bad_example
+from vggrepro.example_reader import LocalRecordReader, example_reader, find_bad_example
 from vggrepro.shard_check import check_shards
 from vggrepro.shards import PathTable, read_table
 from vggrepro.statistics import ColourStatistics, training_statistics
@@ -193,7 +194,36 @@ def test_graph_holds_no_python_and_static_shapes(index: ExampleIndex, order: str
     dataset = TrainingStream(index, AUGMENTED, 4, 0, order).stream(0)
     ops = op_types(dataset)
     assert {"TFRecordDatasetV2", "VggreproReadRecord"} & ops and not ops & PYTHON_OPS
-    assert all(value.shape.is_fully_defined() for value in dataset.element_spec.values())
+    evaluation = EvaluationStream(index, AUGMENTED, 4).dataset()
+    for spec in (dataset.element_spec, evaluation.element_spec):
+        assert all(value.shape.is_fully_defined() for value in spec.values())
+
+
+def reads_records() -> bool:
+    ops = resampling.compiled_ops()
+    return ops is not None and ops.read_ahead is not None
+
+
+@pytest.mark.skipif(not reads_records(), reason="no compiled ops here that read records")
+def test_the_kernel_is_asked_for_what_is_read(index: ExampleIndex) -> None:
+    """Training in both orders, replicas and evaluation; neighbours as one run."""
+    asked = {"VggreproReadAhead", "VggreproReadRecord"}
+    for order, replicas in (("full", 1), ("window:64", 1), ("window:64", 2)):
+        assert asked <= op_types(
+            TrainingStream(index, AUGMENTED, 4, 0, order, 0, replicas).stream(0)
+        )
+    assert asked <= op_types(EvaluationStream(index, AUGMENTED, 4).dataset())
+
+    noted = []
+    reader = example_reader(index)
+    assert isinstance(reader, LocalRecordReader) and index.records is not None
+    reader._read_ahead = lambda *places: noted.append(places) or places[-1]
+    stored = index.records.ids_in_storage_order
+    assert reader.will_need(tf.constant(stored, tf.int64), tf.constant(3)) == 3
+    [(files, offsets, ends, _)] = noted
+    same = files[1:] == files[:-1]
+    assert len(set(files.numpy())) == len(index.records.files)
+    assert np.array_equal(same.numpy(), offsets[1:] == ends[:-1])
 
 
 # Other file systems

@@ -35,9 +35,10 @@ class CompiledOps(NamedTuple):
       new_images: (int64 [n], side=) -> a batch, float32 [n, side, side, 3], not yet written, and
         how many of its rows are, int64.
       crop_into: what `crop` takes, these two and a row (int64): writes and counts that row, and
-        gives the batch, not a copy.
-      read_record: (file, offset), string and int64: one record of a local TFRecord file, scalar.
-        Raises DataLossError where it is damaged. None: not on this processor.
+        gives the batch, not a copy. All but the pixels may also be given for every row.
+      read_record: (files, offsets, number), string [m], int64 [m] and scalar, or all scalars: of
+        records of local TFRecord files the one of that number, scalar. Raises DataLossError
+        where it is damaged. None: not on this processor.
       read_ahead: (files, offsets, ends, same), string and int64 [m]: has the kernel read these
         bytes of local files into its page cache, does not wait for them, and gives `same`, an
         int64 that somebody must use. None likewise.

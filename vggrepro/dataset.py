@@ -98,7 +98,7 @@ class TrainingStream:
     def _batches_by_window(
         self, steps: tf.data.Dataset, order: WindowShuffle, records: RecordTable, first_step: int
     ) -> tf.data.Dataset:
-        """The same, read in long runs."""
+        """The same, asked for in long runs."""
         if isinstance(self._reader, LocalRecordReader):
             steps = read_ahead(order, self._reader, first_step, self.batch_size)
             return self._made(self._batching.rows(self._planned(steps)), self._reader.jpeg)

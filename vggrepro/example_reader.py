@@ -12,7 +12,7 @@ from vggrepro import resampling
 from vggrepro.batching import Rows
 from vggrepro.compiled_ops import CompiledOps
 from vggrepro.example_index import ExampleIndex, RecordTable
-from vggrepro.graph_functions import as_written, threads
+from vggrepro.graph_functions import as_written, parallel, threads
 from vggrepro.shards import RECORD_OVERHEAD
 from vggrepro.storage import is_url, read_bytes
 
@@ -110,10 +110,8 @@ class LocalRecordReader(RecordReader):
             self._end = tf.constant(records.offset + records.size + RECORD_OVERHEAD)
 
     def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
-        """As `FileReader.read_ahead`: the kernel is asked for a plan's records, for the next plan
-        while the one before is used.
-        """
-        return plans.map(self._asked).prefetch(1)
+        """As `FileReader.read_ahead`: the kernel is asked for the records of the next plans."""
+        return parallel(plans, self._asked)
 
     def jpeg(self, *stored: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
         """As `FileReader.jpeg`."""
@@ -123,7 +121,7 @@ class LocalRecordReader(RecordReader):
         """Has the kernel read these records, and does not wait for them; returns `passed`.
 
         Args:
-          example_ids: int64 [m]; neighbours in a shard, one after the other, cost one request.
+          example_ids: int64 [m]; neighbours in a shard, if in turn, are asked for together.
           passed: int64.
         """
         files, offsets = self.look_up(example_ids)["stored"]
@@ -132,7 +130,7 @@ class LocalRecordReader(RecordReader):
     @as_written
     def _asked(self, plan: Rows) -> Rows:
         ids = plan["example_ids"]
-        return {**plan, "example_ids": self.will_need(ids, ids)}
+        return {**plan, "example_ids": tf.ensure_shape(self.will_need(ids, ids), ids.shape)}
 
 
 @as_written

@@ -1,6 +1,6 @@
-"""The records of a window order, read as a few long runs instead of one by one.
+"""The records of a window order, asked for as a few long runs instead of one by one.
 
-read_ahead      advises the kernel of what will be read; records are then taken, as in the full
+read_ahead      asks the kernel for what will be read; records are then read, as in the full
                 order, where they are decoded. Local files, with the compiled ops.
 record_windows  reads whole windows. A window's bytes are in memory while it is being used, and
                 the next one's while it is being read: twice the window times the size of an
@@ -29,13 +29,14 @@ def read_ahead(
     these take, of the positions that a window and a batch further on begin. So a window has been
     asked for before it begins. The first steps ask for all up to there.
     """
-    steps = max(1, order.window // (2 * batch_size))
+    window = min(order.window, order.count)  # longer ones end where an epoch does
+    steps = max(1, window // (2 * batch_size))
 
     @as_written
     def asked(step: tf.Tensor) -> tf.Tensor:
         first = step * batch_size
-        end = first + order.window + (steps + 1) * batch_size
-        window_begin = first - first % order.count % order.window
+        end = first + window + (steps + 1) * batch_size
+        window_begin = first - first % order.count % window
         begin = tf.where(step == first_step, window_begin, end - steps * batch_size)
         positions = tf.range(begin, end)
         ids = order.stored_ids(positions // order.count, positions % order.count)
