@@ -21,7 +21,12 @@ from vggrepro.config import TrainConfig
 from vggrepro.data_source import open_data, open_index
 from vggrepro.dataset import EvaluationStream, TrainingStream
 from vggrepro.example_index import ExampleIndex
-from vggrepro.example_reader import LocalRecordReader, example_reader, find_bad_example
+from vggrepro.example_reader import (
+    FileReader,
+    LocalRecordReader,
+    example_reader,
+    find_bad_example,
+)
 from vggrepro.shard_check import check_shards
 from vggrepro.shards import PathTable, read_table
 from vggrepro.statistics import ColourStatistics, training_statistics
@@ -224,6 +229,26 @@ def test_the_kernel_is_asked_for_what_is_read(index: ExampleIndex) -> None:
     same = files[1:] == files[:-1]
     assert len(set(files.numpy())) == len(index.records.files)
     assert np.array_equal(same.numpy(), offsets[1:] == ends[:-1])
+
+
+@pytest.mark.skipif(not reads_records(), reason="no compiled ops here that read records")
+def test_the_kernel_is_asked_for_files_too(folder: Path) -> None:
+    """For each as a whole; at a URL for none."""
+    index = open_index(folder, "train")
+    remote = open_index(f"file://{folder}", "train")
+    asked = "VggreproReadAhead"
+    assert asked in op_types(TrainingStream(index, AUGMENTED, 4, 0).stream(0))
+    assert asked in op_types(EvaluationStream(index, AUGMENTED, 4).dataset())
+    assert asked not in op_types(TrainingStream(remote, AUGMENTED, 4, 0).stream(0))
+
+    noted = []
+    reader = example_reader(index)
+    assert isinstance(reader, FileReader)
+    reader._read_ahead = lambda *places: noted.append(places) or places[-1]
+    assert reader.will_need(tf.constant([7, 3], tf.int64), tf.constant(3)) == 3
+    [(files, offsets, ends, _)] = noted
+    assert [*files.numpy()] == [index.location(i).encode() for i in (7, 3)]
+    assert not offsets.numpy().any() and (ends.numpy() > 2**40).all()
 
 
 # Other file systems

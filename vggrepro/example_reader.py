@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -21,9 +21,15 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
 class FileReader:
-    """Examples that are files. Tables are captured: a graph constant may not exceed 2 GB."""
+    """Examples that are files. Tables are captured: a graph constant may not exceed 2 GB.
 
-    def __init__(self, index: ExampleIndex) -> None:
+    Args:
+      index: of which root is a directory of images.
+      ops: if they can have the kernel read these files ahead.
+    """
+
+    def __init__(self, index: ExampleIndex, ops: CompiledOps | None) -> None:
+        self._read_ahead = None if ops is None else ops.read_ahead
         with tf.device("CPU:0"):  # where the pipeline runs, whatever the default device
             self._labels = tf.constant(index.labels)
             self._paths = tf.constant([index.location(i) for i in range(len(index))])
@@ -43,7 +49,14 @@ class FileReader:
 
     def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
         """Plans whose rows have stored what `jpeg` takes."""
-        return plans
+        return plans if self._read_ahead is None else _asked_ahead(plans, self.will_need)
+
+    def will_need(self, example_ids: tf.Tensor, passed: tf.Tensor) -> tf.Tensor:
+        """As `LocalRecordReader.will_need`."""
+        assert self._read_ahead is not None
+        (paths,) = self.look_up(example_ids)["stored"]
+        start = tf.zeros_like(example_ids)
+        return self._read_ahead(paths, start, start + tf.int64.max, passed)
 
     def jpeg(self, paths: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
         """The bytes of one example, scalar string.
@@ -110,8 +123,8 @@ class LocalRecordReader(RecordReader):
             self._end = tf.constant(records.offset + records.size + RECORD_OVERHEAD)
 
     def read_ahead(self, plans: tf.data.Dataset) -> tf.data.Dataset:
-        """As `FileReader.read_ahead`: the kernel is asked for the records of the next plans."""
-        return parallel(plans, self._asked)
+        """As `FileReader.read_ahead`."""
+        return _asked_ahead(plans, self.will_need)
 
     def jpeg(self, *stored: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
         """As `FileReader.jpeg`."""
@@ -127,10 +140,18 @@ class LocalRecordReader(RecordReader):
         files, offsets = self.look_up(example_ids)["stored"]
         return self._read_ahead(files, offsets, tf.gather(self._end, example_ids), passed)
 
+
+def _asked_ahead(
+    plans: tf.data.Dataset, will_need: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+) -> tf.data.Dataset:
+    """Plans, after asking the kernel for what they will read."""
+
     @as_written
-    def _asked(self, plan: Rows) -> Rows:
+    def asked(plan: Rows) -> Rows:
         ids = plan["example_ids"]
-        return {**plan, "example_ids": tf.ensure_shape(self.will_need(ids, ids), ids.shape)}
+        return {**plan, "example_ids": tf.ensure_shape(will_need(ids, ids), ids.shape)}
+
+    return parallel(plans, asked)
 
 
 @as_written
@@ -151,9 +172,9 @@ def _rows_with_records(plan: Rows) -> tf.data.Dataset:
 
 def example_reader(index: ExampleIndex) -> FileReader | RecordReader:
     """The reader of whatever the examples are stored in."""
-    if index.records is None:
-        return FileReader(index)
     ops = None if is_url(index.root) else resampling.compiled_ops()
+    if index.records is None:
+        return FileReader(index, ops)
     if ops is None or ops.read_record is None:
         return RecordReader(index, index.records)
     return LocalRecordReader(index, index.records, ops)
