@@ -188,8 +188,9 @@ def test_files_that_cannot_be_read_are_none_of_its_business(
     ops: CompiledOps, tmp_path: Path
 ) -> None:
     file = written(tmp_path / "file", [b"one"])
-    missing = str(tmp_path / "no-such-file")
-    assert ask(ops, [missing, file, file], [0, 0, 2**60], [10, 2**40, 2**60 + 1]).numpy() == 7
+    others = [str(tmp_path / "no-such-file"), str(tmp_path), "/dev/null"]
+    assert ask(ops, others, [0] * 3, [2**63 - 1] * 3).numpy() == 7
+    assert ask(ops, [file, file], [0, 2**60], [2**40, 2**60 + 1]).numpy() == 7
     assert ask(ops, [], [], []).numpy() == 7
     with pytest.raises(tf.errors.InvalidArgumentError, match="as many"):
         ask(ops, [file], [0, 1], [1, 2])

@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "ops.h"
@@ -141,8 +142,9 @@ static int equal(const TF_TString *a, const TF_TString *b) {
 
 // Has the kernel read bytes into its page cache, and does not wait for them.
 static void advise(int descriptor, int64_t offset, int64_t end) {
-  const int64_t file_size = lseek(descriptor, 0, SEEK_END);
-  if (end > file_size) end = file_size;
+  struct stat known;
+  if (fstat(descriptor, &known) || !S_ISREG(known.st_mode)) return;  // a directory has any size
+  if (end > known.st_size) end = known.st_size;
   for (; offset < end; offset += ADVISED)
     posix_fadvise(descriptor, offset, end - offset < ADVISED ? end - offset : ADVISED,
                   POSIX_FADV_WILLNEED);
