@@ -209,7 +209,12 @@ def reads_records() -> bool:
     return ops is not None and ops.read_ahead is not None
 
 
-@pytest.mark.skipif(not reads_records(), reason="no compiled ops here that read records")
+needs_record_ops = pytest.mark.skipif(
+    not reads_records(), reason="no compiled ops here that read records"
+)
+
+
+@needs_record_ops
 def test_the_kernel_is_asked_for_what_is_read(index: ExampleIndex) -> None:
     """Training in both orders, replicas and evaluation; neighbours as one run."""
     asked = {"VggreproReadAhead", "VggreproReadRecord"}
@@ -224,14 +229,15 @@ def test_the_kernel_is_asked_for_what_is_read(index: ExampleIndex) -> None:
     assert isinstance(reader, LocalRecordReader) and index.records is not None
     reader._read_ahead = lambda *places: noted.append(places) or places[-1]
     stored = index.records.ids_in_storage_order
-    assert reader.will_need(tf.constant(stored, tf.int64), tf.constant(3)) == 3
+    rows = reader.look_up(tf.constant(stored, tf.int64))
+    assert reader.will_need(rows, tf.constant(3)) == 3
     [(files, offsets, ends, _)] = noted
     same = files[1:] == files[:-1]
     assert len(set(files.numpy())) == len(index.records.files)
     assert np.array_equal(same.numpy(), offsets[1:] == ends[:-1])
 
 
-@pytest.mark.skipif(not reads_records(), reason="no compiled ops here that read records")
+@needs_record_ops
 def test_the_kernel_is_asked_for_files_too(folder: Path) -> None:
     """For each as a whole; at a URL for none."""
     index = open_index(folder, "train")
@@ -245,7 +251,8 @@ def test_the_kernel_is_asked_for_files_too(folder: Path) -> None:
     reader = example_reader(index)
     assert isinstance(reader, FileReader)
     reader._read_ahead = lambda *places: noted.append(places) or places[-1]
-    assert reader.will_need(tf.constant([7, 3], tf.int64), tf.constant(3)) == 3
+    rows = reader.look_up(tf.constant([7, 3], tf.int64))
+    assert reader.will_need(rows, tf.constant(3)) == 3
     [(files, offsets, ends, _)] = noted
     assert [*files.numpy()] == [index.location(i).encode() for i in (7, 3)]
     assert not offsets.numpy().any() and (ends.numpy() > 2**40).all()

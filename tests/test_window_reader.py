@@ -20,12 +20,15 @@ class Noting:
         """What has certainly been asked for when a step begins, in turn."""
         return np.concatenate([ids for at, ids in [*self._asked] if at <= step])
 
-    def will_need(self, ids: tf.Tensor, passed: tf.Tensor) -> tf.Tensor:
+    def look_up(self, ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"example_ids": ids}
+
+    def will_need(self, rows: dict[str, tf.Tensor], passed: tf.Tensor) -> tf.Tensor:
         def note(ids: np.ndarray, passed: np.ndarray) -> np.ndarray:
             self._asked.append((int(passed), ids))
             return passed
 
-        return tf.numpy_function(note, [ids, passed], tf.int64)
+        return tf.numpy_function(note, [rows["example_ids"], passed], tf.int64)
 
 
 @given(

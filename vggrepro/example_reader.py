@@ -51,11 +51,11 @@ class FileReader:
         """Plans whose rows have stored what `jpeg` takes."""
         return plans if self._read_ahead is None else _asked_ahead(plans, self.will_need)
 
-    def will_need(self, example_ids: tf.Tensor, passed: tf.Tensor) -> tf.Tensor:
+    def will_need(self, rows: Rows, passed: tf.Tensor) -> tf.Tensor:
         """As `LocalRecordReader.will_need`."""
         assert self._read_ahead is not None
-        (paths,) = self.look_up(example_ids)["stored"]
-        start = tf.zeros_like(example_ids)
+        (paths,) = rows["stored"]
+        start = tf.zeros_like(rows["example_ids"])
         return self._read_ahead(paths, start, start + tf.int64.max, passed)
 
     def jpeg(self, paths: tf.Tensor, number: tf.Tensor | None = None) -> tf.Tensor:
@@ -130,26 +130,26 @@ class LocalRecordReader(RecordReader):
         """As `FileReader.jpeg`."""
         return self._read_record(*stored, tf.constant(0, tf.int64) if number is None else number)
 
-    def will_need(self, example_ids: tf.Tensor, passed: tf.Tensor) -> tf.Tensor:
+    def will_need(self, rows: Rows, passed: tf.Tensor) -> tf.Tensor:
         """Has the kernel read these records, and does not wait for them; returns `passed`.
 
         Args:
-          example_ids: int64 [m]; neighbours in a shard, if in turn, are asked for together.
+          rows: as from `look_up`; neighbours in a shard, if in turn, are asked for together.
           passed: int64.
         """
-        files, offsets = self.look_up(example_ids)["stored"]
-        return self._read_ahead(files, offsets, tf.gather(self._end, example_ids), passed)
+        ends = tf.gather(self._end, rows["example_ids"])
+        return self._read_ahead(*rows["stored"], ends, passed)
 
 
 def _asked_ahead(
-    plans: tf.data.Dataset, will_need: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    plans: tf.data.Dataset, will_need: Callable[[Rows, tf.Tensor], tf.Tensor]
 ) -> tf.data.Dataset:
     """Plans, after asking the kernel for what they will read."""
 
     @as_written
     def asked(plan: Rows) -> Rows:
         ids = plan["example_ids"]
-        return {**plan, "example_ids": tf.ensure_shape(will_need(ids, ids), ids.shape)}
+        return {**plan, "example_ids": tf.ensure_shape(will_need(plan, ids), ids.shape)}
 
     return parallel(plans, asked)
 

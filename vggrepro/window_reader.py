@@ -40,7 +40,7 @@ def read_ahead(
         begin = tf.where(step == first_step, window_begin, end - steps * batch_size)
         positions = tf.range(begin, end)
         ids = order.stored_ids(positions // order.count, positions % order.count)
-        return reader.will_need(ids, step)
+        return reader.will_need(reader.look_up(ids), step)
 
     return (
         tf.data.Dataset.range(first_step, tf.int64.max, steps)
